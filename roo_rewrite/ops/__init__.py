@@ -1,0 +1,1 @@
+"""Operators on rows: the jagged broadcast and its kin."""
