@@ -132,7 +132,8 @@ class Columns(Leaf):
     def from_request(self, value: Any) -> list[Tensor]:
         if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(v, Tensor) for v in value):
             raise InputError(
-                f"input {self.name!r} holds columns of both sides: pass the pair (x_request [R, .], x_impression [I, .])"
+                f"input {self.name!r} holds columns of both sides: pass the pair "
+                "(x_request [R, .], x_impression [I, .])"
             )
         widths = [sum(b - a for is_request, (a, b) in self._pieces() if is_request is side) for side in (True, False)]
         for side, part, width in zip(("request", "impression"), value, widths):
@@ -375,7 +376,7 @@ def bind_inputs(
     bind, positional = _binder(forward)
     bound = bind(*args, **kwargs)
     with_paths, _ = pytree.tree_flatten_with_path(bound, is_leaf=is_kjt)
-    values, tree = _flatten(bound)
+    tree = _flatten(bound)[1]
     named = [(_path_name(path, positional), value) for path, value in with_paths]
     features: list[str] = []
     for name, value in named:
