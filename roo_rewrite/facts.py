@@ -50,9 +50,10 @@ class Rows(Batching):
 
 @dataclass(frozen=True)
 class RowIndex(Batching):
-    """`arange(B)` laid along `dim`: it may pick rows, and is no value of its own."""
+    """`step * arange(B)` laid along `dim`: it may pick rows, and is no value of its own."""
 
     dim: int
+    step: int = 1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,136 @@
+"""Pointwise ops, with broadcasting, and ops that return their operand in another dtype or place."""
+
+from __future__ import annotations
+
+import torch
+from torch._ops import OpOverload
+
+from roo_rewrite.errors import NotRowWise
+from roo_rewrite.facts import Batching
+from roo_rewrite.rules.families import batched, broadcasting, unary
+from roo_rewrite.rules.registry import Call, Case, case, no_rule, rule
+
+_UNARY_CASES = [case("B 3"), case("3 B"), case("B*2 3")]
+_BINARY_CASES = [
+    case("B 3", "B 3"),
+    case("B 3", "3"),
+    case("B 1 3", "B 2 1"),
+    case("2 B", "B"),
+    case("1 B", "B 1", declines=True),
+]
+
+# Pointwise by torch's tag, but not a function of the operands alone, or writing into one of them.
+_NOT_POINTWISE = {"bernoulli", "rrelu_with_noise", "dropout", "native_dropout", "copy", "fill", "_to_copy", "clone"}
+
+
+def _tagged() -> list[OpOverload]:
+    """Every functional ATen op that torch itself tags pointwise."""
+    found = []
+    for name in dir(torch.ops.aten):
+        packet = getattr(torch.ops.aten, name)
+        for overload in list(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else ():
+            op = getattr(packet, overload)
+            functional = not op._schema.is_mutable and overload != "out" and "out" not in overload.split("_")
+            random = torch.Tag.nondeterministic_seeded in op.tags
+            if torch.Tag.pointwise in op.tags and functional and not random and name not in _NOT_POINTWISE:
+                found.append(op)
+    return found
+
+
+# How to call a pointwise op whose plain call of two or one tensors is not valid.
+_CALLS = {
+    "aten.where.self": [case("b:B 3", "B 3", "3")],
+    "aten.where.ScalarSelf": [case("b:B 3", "B 1", call=lambda n, c, x: (c, 1.5, x))],
+    "aten.where.ScalarOther": [case("b:B 3", "B 1", call=lambda n, c, x: (c, x, 1.5))],
+    "aten.where.Scalar": [case("b:B 3", call=lambda n, c: (c, 1.5, 2.5))],
+    "aten.addcmul.default": [case("B 3", "3", "B 1")],
+    "aten.addcdiv.default": [case("B 3", "3", "p:B 1")],
+    "aten.lerp.Tensor": [case("B 3", "B 3", "B 1")],
+    "aten.lerp.Scalar": [case("B 3", "B 3", call=lambda n, x, y: (x, y, 0.25))],
+}
+
+
+def _tagged_cases(op: OpOverload) -> list[Case]:
+    """Cases by schema: as many tensors as it requires, 2 for each required number."""
+    required = [a for a in op._schema.arguments if not a.has_default_value()]
+    tensors = [a for a in required if str(a.type) == "Tensor"]
+    numbers = 2 if len(required) > len(tensors) else 0
+
+    def call(n: int, *given: torch.Tensor) -> tuple[object, ...]:
+        stock = iter(given)
+        return tuple(next(stock) if str(a.type) == "Tensor" else numbers for a in required)
+
+    bitwise = "bitwise" in str(op) or "__" in str(op) or "gcd" in str(op) or "lcm" in str(op)
+    kind = "i:" if bitwise else "u:"
+    if len(tensors) <= 1:
+        return [case(f"{kind}{shape}", call=call) for shape in ("B 3", "3 B", "B*2 3")]
+    shapes = [["B 3"] * len(tensors), ["2 B", *["B"] * (len(tensors) - 1)], ["B 1 3", *["B 2 1"] * (len(tensors) - 1)]]
+    return [case(*(f"{kind}{s}" for s in row), call=call) for row in shapes]
+
+
+def _register() -> None:
+    for op in _tagged():
+        name = str(op)
+        rule(name, cases=_CALLS.get(name) or _tagged_cases(op))(broadcasting)
+
+
+_register()
+
+
+@rule(
+    "aten._to_copy.default",
+    "aten.contiguous.default",
+    "aten.clone.default",
+    "aten.alias.default",
+    "aten.detach.default",
+    "aten.lift_fresh_copy.default",
+    "aten.zeros_like.default",
+    "aten.ones_like.default",
+    cases=_UNARY_CASES,
+)
+def same_shape(call: Call) -> Batching:
+    """The operand again, in another place or with other contents of the same shape."""
+    return unary(call)
+
+
+rule("aten.to.dtype", cases=[case("B 3", call=lambda n, x: (x, torch.int64))])(unary)
+rule("aten.to.dtype_layout", cases=[case("B 3", call=lambda n, x: (x, {"dtype": torch.int64}))])(unary)
+rule("aten.to.device", cases=[case("B 3", call=lambda n, x: (x, torch.device("cpu"), torch.float32))])(unary)
+rule("aten.to.other", "aten.type_as.default", cases=[case("B 3", "i:2")])(
+    lambda call: batched(call.operand("self").rows)
+)
+rule("aten.full_like.default", cases=[case("B 3", call=lambda n, x: (x, 2.0))])(unary)
+
+
+@rule(
+    "aten.dropout.default",
+    "aten.feature_dropout.default",
+    "aten.alpha_dropout.default",
+    cases=[
+        case("B 3", call=lambda n, x: (x, 0.5, False)),
+        case("B 3", call=lambda n, x: (x, 0.5, True), declines=True),
+    ],
+)
+def dropout(call: Call) -> Batching:
+    """The identity in eval or at p = 0; in training it draws an own mask for every impression."""
+    if call["train"] and call["p"] > 0:
+        raise NotRowWise("dropout draws its own mask for every impression (dropout='per_request' shares it)")
+    return unary(call)
+
+
+no_rule(
+    "draws random numbers for every impression",
+    "aten.bernoulli.default",
+    "aten.rand_like.default",
+    "aten.randn_like.default",
+    "aten.randint_like.default",
+    "aten.multinomial.default",
+    "aten.rand.default",
+    "aten.randn.default",
+    "aten.randint.default",
+    "aten.randint.low",
+    "aten.randperm.default",
+    "aten.normal.Tensor_Tensor",
+    "aten.poisson.default",
+    "aten.exponential.default",
+)
