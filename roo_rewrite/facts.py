@@ -67,6 +67,22 @@ class Ragged(Batching):
 
 
 @dataclass(frozen=True)
+class Lengths(Rows):
+    """The lengths `[B]` of a jagged pair: `Rows(0)`, and known to be the graph input `lengths`."""
+
+    dim: int = 0
+    lengths: str = ""
+
+
+@dataclass(frozen=True)
+class Offsets(Batching):
+    """Where each row of a jagged pair begins: `[B]`, or `[B + 1]` with the final `total`."""
+
+    lengths: str
+    total: bool = True
+
+
+@dataclass(frozen=True)
 class Size(Batching):
     """A SymInt that depends on the batch size."""
 

@@ -16,15 +16,28 @@ Adding an op is one function and at least one case to test it with:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching, Replicated, RowIndex, Rows
+from roo_rewrite.facts import Batching, Lengths, Ragged, Replicated, RowIndex, Rows, Several
+
+
+class Extent(int):
+    """An integer argument or extent that depends on the batch size; its value is the hint of the trace."""
+
+    def __mul__(self, other: int) -> Extent:
+        return Extent(int(self) * int(other))
+
+    def __add__(self, other: int) -> Extent:
+        return Extent(int(self) + int(other))
+
+    __rmul__ = __mul__
+    __radd__ = __add__
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,8 @@ class Operand:
     @property
     def rows(self) -> Rows | None:
         """Where the batch is; None when the operand has none. Declines for anything else."""
+        if isinstance(self.batching, Lengths):
+            return Rows(0)
         if isinstance(self.batching, Rows):
             return self.batching
         if isinstance(self.batching, Replicated):
@@ -56,14 +71,15 @@ class Operand:
 class Call:
     """One application of an op: arguments by schema name, defaults filled in, tensors as Operands.
 
-    batch: the batch size of the trace; sizes that depend on it appear as their hint.
-    out: shape of each output, as traced.
+    batch: the batch size of the trace; integers that depend on it are `Extent`s.
+    out: shape of each output, as traced. several: whether the op returns a list or a tuple.
     """
 
     name: str
     args: dict[str, Any]
     batch: int
     out: tuple[tuple[int, ...], ...] = ()
+    several: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -187,6 +203,100 @@ def registered() -> dict[str, Rule]:
 def declined() -> dict[str, str]:
     """Every op that can have no rule, and why."""
     return dict(_REGISTRY.declined)
+
+
+def make_call(
+    op: OpOverload,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    operand_of: Callable[[Any], Any],
+    batch: int,
+    out: Sequence[Sequence[int]],
+) -> Call:
+    """The Call of `op(*args, **kwargs)`: arguments by schema name, defaults filled in.
+
+    operand_of maps each leaf of the arguments: a tensor to its Operand, an integer that depends on the
+    batch size to an Extent, anything else to itself.
+    """
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [convert(v) for v in value]
+        return operand_of(value)
+
+    schema = op._schema
+    named: dict[str, Any] = {}
+    for i, argument in enumerate(schema.arguments):
+        given = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
+        named[argument.name] = convert(given)
+    several = len(schema.returns) > 1 or any(str(r.type).endswith("[]") for r in schema.returns)
+    return Call(str(op), named, batch, tuple(tuple(shape) for shape in out), several)
+
+
+def infer(call: Call) -> Batching:
+    """Where the batch lives in the result of `call`: `Several` for an op with several outputs.
+
+    Raises NotRowWise, with the reason, where there is no rule or the rule declines.
+    """
+    if not _batched(call):
+        return _constant(call)
+    found = find(call.name)
+    if found is None:
+        raise NotRowWise(reason_without_rule(call.name))
+    for name, value in call.args.items():
+        if name not in found.sizes and _has_extent(value):
+            raise NotRowWise(f"{name} depends on the batch size")
+    if Ragged not in found.special:
+        return _on_elements(found, call)
+    return found.function(call)
+
+
+def _constant(call: Call) -> Batching:
+    """The result of an op none of whose arguments knows the batch."""
+    if call.name in _REGISTRY.declined:
+        raise NotRowWise(reason_without_rule(call.name))
+    return Several((Replicated(),) * len(call.out)) if call.several else Replicated()
+
+
+def _has_extent(value: Any) -> bool:
+    return isinstance(value, Extent) or (isinstance(value, (list, tuple)) and any(map(_has_extent, value)))
+
+
+def _batched(call: Call) -> bool:
+    return _has_extent(list(call.args.values())) or any(not isinstance(o.batching, Replicated) for o in call.operands())
+
+
+def _on_elements(found: Rule, call: Call) -> Batching:
+    """Runs a rule; on values of a jagged pair, element by element.
+
+    Gathering requests gathers elements of their values, and an op that is row-wise in dim 0 commutes with that too.
+    """
+    ragged = {o.batching: o.shape[0] for o in call.operands() if isinstance(o.batching, Ragged)}
+    if not ragged:
+        return found.function(call)
+    if (
+        len(ragged) > 1
+        or any(isinstance(o.batching, Rows) for o in call.operands())
+        or _has_extent([*call.args.values()])
+    ):
+        raise NotRowWise("jagged values meet values of other rows")
+    ((kind, total),) = ragged.items()
+    flat = replace(call, batch=total, args={name: _flattened(value) for name, value in call.args.items()})
+    result = found.function(flat)
+    parts = result.parts if isinstance(result, Several) else (result,)
+    if any(p not in (Rows(0), Replicated()) for p in parts):
+        raise NotRowWise("the elements of jagged values leave dim 0")
+    lifted = tuple(kind if p == Rows(0) else p for p in parts)
+    return Several(lifted) if isinstance(result, Several) else lifted[0]
+
+
+def _flattened(value: Any) -> Any:
+    """Jagged operands as operands with a row per element."""
+    if isinstance(value, (list, tuple)):
+        return [_flattened(v) for v in value]
+    if isinstance(value, Operand) and isinstance(value.batching, Ragged):
+        return replace(value, batching=Rows(0))
+    return value
 
 
 def op_name(target: Any) -> str:
