@@ -1,0 +1,225 @@
+"""One way to say each thing, before anything is proved about it.
+
+    before                                             after
+    wrap_with_set_grad_enabled(False, body, x)         the body, on detach(x)
+    wrap_with_autocast("cpu", bfloat16, ..., body, x)  the body, its nodes marked with the autocast
+    add_(y, 1)                                         add(y, 1), later uses of y mean it
+    squeeze(x: [B, 1])                                 squeeze(x, [1])
+    slice(x, 0, 0, max), dropout(x, 0.5, False)        x
+    zeros([B, 3], device="cpu")                        zeros([B, 3], device=<device of the inputs>)
+
+Postcondition: no higher-order ops that only wrap, no in-place ops but marked effects, no op that is the
+identity, no device of the trace.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.fx
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from passes.functionalize import functionalize, is_effect
+from roo_rewrite.capture import BATCH, Captured
+
+aten = torch.ops.aten
+AUTOCAST = "roo_autocast"
+
+_ASSERTS = (
+    aten._assert_tensor_metadata.default,
+    aten._assert_scalar.default,
+    aten._assert_async.msg,
+    aten._assert_async.default,
+    aten.sym_constrain_range.default,
+    aten.sym_constrain_range_for_size.default,
+    torch._check,
+)
+
+
+def normalize(captured: Captured) -> None:
+    """Normalizes the captured graph in place."""
+    graph = captured.graph
+    _inline(graph, captured.bodies)
+    _drop_asserts(graph)
+    functionalize(graph)
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _simplify(captured, node)
+    _free_devices(captured)
+    graph.eliminate_dead_code(is_impure_node=is_effect)
+    graph.lint()
+
+
+def _inline(graph: Graph, owner: nn.Module) -> None:
+    """Puts the bodies of wrapping ops in the place of their calls, innermost included."""
+    hops = torch.ops.higher_order
+    for node in list(graph.nodes):
+        if node.target is hops.wrap_with_set_grad_enabled:
+            enabled, body, *args = node.args
+            _splice(graph, owner, node, body, args, detach=not enabled, autocast=node.meta.get(AUTOCAST))
+        elif node.target is hops.wrap_with_autocast:
+            device, dtype, enabled, cache, body, *args = node.args
+            _splice(graph, owner, node, body, args, detach=False, autocast=(device, dtype, enabled, cache))
+
+
+def _splice(
+    graph: Graph, owner: nn.Module, node: Node, body: Node, args: list[Any], detach: bool, autocast: Any
+) -> None:
+    module = owner.get_submodule(str(body.target))
+    assert isinstance(module, GraphModule)
+    _inline(module.graph, module)
+    mapping: dict[Node, Any] = {}
+    stock = iter(args)
+    result: Any = None
+    with graph.inserting_before(node):
+        for inner in module.graph.nodes:
+            if inner.op == "placeholder":
+                value = next(stock)
+                floating = isinstance(value, Node) and _floating(value)
+                if detach and floating:
+                    detached = graph.call_function(aten.detach.default, (value,))
+                    detached.meta = dict(value.meta)
+                    value = detached
+                mapping[inner] = value
+            elif inner.op == "output":
+                result = torch.fx.map_arg(inner.args[0], lambda n: mapping[n])
+            else:
+                copied = graph.node_copy(inner, lambda n: mapping[n])
+                copied.meta = dict(inner.meta)
+                if autocast is not None and AUTOCAST not in copied.meta:
+                    copied.meta[AUTOCAST] = autocast
+                mapping[inner] = copied
+    for user in list(node.users):
+        assert user.target is operator.getitem
+        user.replace_all_uses_with(result[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(node)
+    if not body.users:
+        graph.erase_node(body)
+
+
+def _floating(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _drop_asserts(graph: Graph) -> None:
+    """The trace's own checks; what they guard is kept as `Captured.accepts`."""
+    for node in reversed(list(graph.nodes)):
+        if node.target in _ASSERTS and not node.users:
+            graph.erase_node(node)
+    graph.eliminate_dead_code(is_impure_node=_writes)
+
+
+def _writes(node: Node) -> bool:
+    mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return node.op in ("placeholder", "output") or mutable or random
+
+
+def _simplify(captured: Captured, node: Node) -> None:
+    simplify = _SIMPLER.get(node.target)
+    new = simplify(captured, node) if simplify is not None else None
+    if new is not None:
+        node.replace_all_uses_with(new)
+        captured.graph.erase_node(node)
+
+
+def _first(captured: Captured, node: Node) -> Node:
+    assert isinstance(node.args[0], Node)
+    return node.args[0]
+
+
+def _lift(captured: Captured, node: Node) -> Node | None:
+    """A literal tensor; its copy is only needed where something writes into it."""
+    return _first(captured, node) if not is_effect(node) else None
+
+
+def _dropout(captured: Captured, node: Node) -> Node | None:
+    _, p, train = node.args
+    return None if train and p else _first(captured, node)
+
+
+def _slice(captured: Captured, node: Node) -> Node | None:
+    """A slice that takes everything, by the symbols of its sizes."""
+    x = _first(captured, node)
+    same = [captured.expr(a) == captured.expr(b) for a, b in zip(x.meta["val"].shape, node.meta["val"].shape)]
+    step = node.args[4] if len(node.args) > 4 else 1
+    start = node.args[2] if len(node.args) > 2 else 0
+    return x if all(same) and step == 1 and start in (0, None) else None
+
+
+def _squeeze(captured: Captured, node: Node) -> Node:
+    """squeeze() drops the dims that are 1 for every batch, not the batch that happens to be 1."""
+    x = _first(captured, node)
+    ones = [i for i, s in enumerate(x.meta["val"].shape) if captured.expr(s) == 1]
+    with captured.graph.inserting_before(node):
+        new = captured.graph.call_function(aten.squeeze.dims, (x, ones))
+    new.meta = dict(node.meta)
+    return new
+
+
+def _squeeze_dim(captured: Captured, node: Node) -> Node | None:
+    """squeeze(x, d) of a dim that is not 1 does nothing; of the batch it would drop a batch of one."""
+    x, dim = node.args
+    assert isinstance(x, Node)
+    kept = captured.expr(x.meta["val"].shape[dim]) != 1 if x.meta["val"].ndim else False
+    return x if kept else None
+
+
+def _same(captured: Captured, node: Node) -> Node | None:
+    """An expand or view to the very shape it has."""
+    x = _first(captured, node)
+    before, after = x.meta["val"].shape, node.meta["val"].shape
+    unchanged = len(before) == len(after) and all(captured.expr(a) == captured.expr(b) for a, b in zip(before, after))
+    return x if unchanged else None
+
+
+def _view(captured: Captured, node: Node) -> Node:
+    """A view as a reshape: the strides of the trace are not those of every batch."""
+    same = _same(captured, node)
+    if same is not None:
+        return same
+    with captured.graph.inserting_before(node):
+        new = captured.graph.call_function(aten.reshape.default, node.args)
+    new.meta = dict(node.meta)
+    return new
+
+
+_SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
+    aten.lift_fresh_copy.default: _lift,
+    aten.dropout.default: _dropout,
+    aten.feature_dropout.default: _dropout,
+    aten.alpha_dropout.default: _dropout,
+    aten.slice.Tensor: _slice,
+    aten.squeeze.default: _squeeze,
+    aten.squeeze.dim: _squeeze_dim,
+    aten.alias.default: _first,
+    aten.expand.default: _same,
+    aten.reshape.default: _same,
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+}
+
+
+def _free_devices(captured: Captured) -> None:
+    """Where the trace ran on one device, that device means: the one the inputs are on."""
+    graph = captured.graph
+    nodes = [n for n in graph.nodes if n.op == "call_function"]
+    devices = {a for n in nodes for a in (*n.args, *n.kwargs.values()) if isinstance(a, torch.device)}
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
+    if not devices or not inputs or {n.meta["val"].device for n in inputs} != devices:
+        return
+    with graph.inserting_after(list(n for n in graph.nodes if n.op == "placeholder")[-1]):
+        device = graph.call_function(getattr, (inputs[0], "device"))
+    device.meta["val"] = next(iter(devices))
+    for node in nodes:
+        node.args = tuple(device if isinstance(a, torch.device) else a for a in node.args)
+        node.kwargs = {k: device if isinstance(v, torch.device) else v for k, v in node.kwargs.items()}
+
+
+__all__ = ["AUTOCAST", "BATCH", "normalize"]

@@ -1,0 +1,344 @@
+"""Model -> fx graph over ATen, with the batch dim symbolic.
+
+The model is exported on its atoms (see `inputs`), at a batch size that equals no other size in it, so
+that two equal sizes are never confused. What the trace took for granted of the batch size (guards) is
+kept: a batch outside them is run by the original.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch.export.dynamic_shapes import Dim
+from torch.utils import _pytree as pytree
+
+from roo_rewrite.errors import CaptureError
+from roo_rewrite.facts import Provenance
+from roo_rewrite.inputs import Inputs
+from roo_rewrite.leaves import LeafSite, observed, opaque
+
+BATCH = sympy.Symbol("B", integer=True, positive=True)
+_BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
+
+
+@dataclass
+class Captured:
+    """A traced model. The graph's placeholders are the atoms, in order; its output is a flat tuple.
+
+    bodies: holds the bodies of higher-order ops by name. sites: what each `roo::leaf` node calls.
+    symbols: the trace's size symbols -> the same in terms of `BATCH`.
+    accepts: whether a batch of this many rows is one the trace is valid for.
+    """
+
+    graph: torch.fx.Graph
+    bodies: nn.Module
+    constants: dict[str, Tensor]
+    out_tree: pytree.TreeSpec
+    out_values: list[Any]
+    batch: int
+    symbols: dict[sympy.Symbol, sympy.Expr]
+    accepts: Callable[[int], bool]
+    sites: list[LeafSite] = field(default_factory=list)
+    leaves: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+
+    def expr(self, size: int | torch.SymInt) -> sympy.Expr:
+        """A size in terms of `BATCH`."""
+        if isinstance(size, torch.SymInt):
+            return sympy.sympify(size.node.expr).subs(self.symbols)
+        return sympy.Integer(size)
+
+
+class _Adapter(nn.Module):
+    """The model called on its atoms; remembers the structure of what it returned."""
+
+    def __init__(self, model: nn.Module, inputs: Inputs, statics: Sequence[Any]):
+        super().__init__()
+        self.model = model
+        self.__dict__["_call"] = (inputs, statics)
+        self.__dict__["_out"] = None
+
+    def forward(self, *atoms: Tensor) -> tuple[Tensor, ...]:
+        inputs, statics = self.__dict__["_call"]
+        args, kwargs = inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
+        values, tree = flatten_output(self.model(*args, **kwargs))
+        self.__dict__["_out"] = ([v if not isinstance(v, Tensor) else _TENSOR for v in values], tree)
+        return tuple(v for v in values if isinstance(v, Tensor))
+
+
+class _Tensor:
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+
+_TENSOR = _Tensor()
+
+
+def flatten_output(out: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """A model's output as leaves; dataclasses and the like that torch does not know are registered."""
+    for _ in range(8):
+        values, tree = pytree.tree_flatten(out)
+        unknown = {type(v) for v in values if hasattr(type(v), "__dataclass_fields__")}
+        if not unknown:
+            break
+        for kind in unknown:
+            torch.export.register_dataclass(kind)
+    return values, tree
+
+
+def unflatten_output(captured: Captured, tensors: Sequence[Tensor]) -> Any:
+    """The flat outputs of the graph in the structure of the original's."""
+    stock = iter(tensors)
+    values = [next(stock) if v is _TENSOR else v for v in captured.out_values]
+    return pytree.tree_unflatten(values, captured.out_tree)
+
+
+def trace_batch(model: nn.Module, atoms: Sequence[Tensor]) -> int:
+    """A prime that divides no size in sight, so that no size can be mistaken for the batch."""
+    sizes = {s for t in (*model.parameters(), *model.buffers()) for s in t.shape}
+    sizes |= {s for t in atoms for s in t.shape[1:]}
+    primes = (p for p in range(11, 10**6) if all(p % d for d in range(2, int(p**0.5) + 1)))
+    return next(p for p in primes if all(s % p or s == 0 for s in sizes))
+
+
+def trace_rows(inputs: Inputs, atoms: Sequence[Tensor], batch: int) -> list[Tensor]:
+    """The example at `batch` rows, its rows taken in turn."""
+    counts = [inputs.rows(atoms, side) for side in _BOTH]
+    rows = next((c for c in counts if c is not None), 0)
+    if len({c for c in counts if c is not None}) > 1:
+        raise CaptureError(f"the example must be impression-level: request and impression inputs have {counts} rows")
+    if not rows:
+        raise CaptureError("the example has no rows; give at least one impression (two or more are better)")
+    return inputs.select(atoms, torch.arange(batch) % rows, _BOTH)
+
+
+def capture(
+    model: nn.Module, inputs: Inputs, atoms: Sequence[Tensor], statics: Sequence[Any], leaves: Sequence[str]
+) -> Captured:
+    """Traces `model` in its present mode. A module that cannot be traced becomes a leaf, and is noted.
+
+    Raises CaptureError when the model cannot be run on the example, or not be traced at all.
+    """
+    batch = trace_batch(model, atoms)
+    example = trace_rows(inputs, atoms, batch)
+    chosen, notes = list(leaves), list[str]()
+    for _ in range(32):
+        try:
+            captured = _export(model, inputs, example, statics, chosen, batch)
+        except CaptureError:
+            raise
+        except Exception as e:  # whatever user code raises while it is traced
+            path = _innermost(model, e)
+            if not path or path in chosen:
+                raise CaptureError(f"the model cannot be traced: {_brief(e)}") from e
+            chosen = [p for p in chosen if not p.startswith(f"{path}.")] + [path]
+            notes.append(f"module {path!r} is kept as an opaque leaf: {_brief(e)}")
+            continue
+        captured.notes = notes
+        return captured
+    raise CaptureError("the model needs more than 32 leaf modules; name its untraceable modules with leaves=[...]")
+
+
+def _brief(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    text = re.sub(r"\s+", " ", lines[0]) if lines else type(e).__name__
+    return f"{type(e).__name__}: {text[:200]}"
+
+
+def _innermost(model: nn.Module, error: BaseException) -> str | None:
+    """Path of the innermost submodule whose forward the error passed through."""
+    paths = {id(m): p for p, m in model.named_modules()}
+    found: str | None = None
+    trace = error.__traceback__
+    while trace is not None:
+        path = paths.get(id(trace.tb_frame.f_locals.get("self")))
+        found = path if path is not None else found
+        trace = trace.tb_next
+    if found is not None and isinstance(model.get_submodule(found), (nn.ModuleList, nn.ModuleDict)):
+        return None
+    return found
+
+
+class _CustomBackward(RuntimeError):
+    """A Python autograd.Function was met: its backward would be lost in the trace."""
+
+
+@contextlib.contextmanager
+def _no_custom_backward() -> Iterator[None]:
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if not cls.__module__.startswith("torch."):
+            raise _CustomBackward(f"{cls.__qualname__} is an autograd.Function with a backward of its own")
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,arg-type]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undoes attribute assignments of the traced forward; raises if it keeps state in Python numbers."""
+    before = {m: dict(m.__dict__) for m in model.modules()}
+    stored = {m: (dict(m._buffers), dict(m._parameters)) for m in before}
+    changed: str | None = None
+    try:
+        yield
+    finally:
+        paths = {m: p for p, m in model.named_modules()}
+        for module, attributes in before.items():
+            for key, value in list(module.__dict__.items()):
+                plain = isinstance(value, (int, float, str))
+                if plain and key in attributes and attributes[key] != value:
+                    changed = changed or f"{paths[module]}.{key}"
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            module._buffers.update(stored[module][0])
+            module._parameters.update(stored[module][1])
+    if changed is not None:
+        raise CaptureError(f"forward keeps state in the Python attribute {changed.lstrip('.')!r}; make it a buffer")
+
+
+def _export(
+    model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any], leaves: list[str], batch: int
+) -> Captured:
+    sites: list[LeafSite] = []
+    if leaves:
+        _observe(model, inputs, example, statics, leaves, sites, batch)
+    adapter = _Adapter(model, inputs, statics)
+    adapter.training = model.training
+    shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
+    quiet = logging.getLogger("torch")
+    level = quiet.level
+    try:
+        quiet.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), _no_custom_backward(), _unchanged(model), opaque(model, leaves, sites):
+            warnings.simplefilter("ignore")
+            with (
+                _assignments_allowed(),
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                program = torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=False)
+    finally:
+        quiet.setLevel(level)
+    out_values, out_tree = adapter.__dict__["_out"]
+    graph, constants = _unlifted(program)
+    symbols = _batch_symbols(program, inputs, graph)
+    accepts = _acceptance(program, symbols, example, batch)
+    return Captured(
+        graph, program.graph_module, constants, out_tree, out_values, batch, symbols, accepts, sites, tuple(leaves)
+    )
+
+
+@contextlib.contextmanager
+def _assignments_allowed() -> Iterator[None]:
+    """Models often keep an intermediate for inspection (`self.attn = a`); export alone forbids it."""
+    from torch.export import _trace
+
+    original = _trace._detect_attribute_assignment
+    _trace._detect_attribute_assignment = lambda *a, **k: contextlib.nullcontext()  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        _trace._detect_attribute_assignment = original
+
+
+def _observe(
+    model: nn.Module,
+    inputs: Inputs,
+    example: list[Tensor],
+    statics: Sequence[Any],
+    leaves: list[str],
+    sites: list[LeafSite],
+    batch: int,
+) -> None:
+    second = batch + 2
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
+    for size, again in ((batch, False), (second, True)):
+        rows = inputs.select(example, torch.arange(size) % batch, _BOTH)
+        args, kwargs = inputs.unflatten(rows, Provenance.IMPRESSION, statics)
+        with torch.no_grad(), observed(model, leaves, sites, again):
+            model(*args, **kwargs)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    for site in sites:
+        site.batches = (batch, second)
+
+
+def _unlifted(program: torch.export.ExportedProgram) -> tuple[torch.fx.Graph, dict[str, Tensor]]:
+    """The exported graph with parameters and buffers as get_attr of the model, constants under `_roo`."""
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    tensors = dict(signature.inputs_to_lifted_tensor_constants)
+    graph, constants = torch.fx.Graph(), dict[str, Tensor]()
+    copies: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder" and node.name in named:
+            copies[node] = graph.get_attr(named[node.name].removeprefix("model."))
+            copies[node].meta = dict(node.meta)
+        elif node.op == "placeholder" and node.name in tensors:
+            key = f"constant_{len(constants)}"
+            constants[key] = program.constants[tensors[node.name]].detach()
+            copies[node] = graph.get_attr(f"_roo.{key}")
+            copies[node].meta = dict(node.meta)
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    return graph, constants
+
+
+def _batch_symbols(
+    program: torch.export.ExportedProgram, inputs: Inputs, graph: torch.fx.Graph
+) -> dict[sympy.Symbol, sympy.Expr]:
+    """Each input's first dim, as the trace calls it, in terms of BATCH."""
+    symbols: dict[sympy.Symbol, sympy.Expr] = {}
+    for atom, node in zip(inputs.atoms, (n for n in graph.nodes if n.op == "placeholder")):
+        shape = node.meta["val"].shape
+        if atom.kind in ("shared", "values") or not isinstance(shape[0], torch.SymInt):
+            continue
+        expr = shape[0].node.expr
+        if isinstance(expr, sympy.Symbol):
+            symbols[expr] = BATCH + int(atom.kind == "offsets_total")
+    return symbols
+
+
+def _acceptance(
+    program: torch.export.ExportedProgram,
+    symbols: dict[sympy.Symbol, sympy.Expr],
+    example: Sequence[Tensor],
+    batch: int,
+) -> Callable[[int], bool]:
+    """Whether the trace holds for a batch of n rows: the ranges and guards export wrote down."""
+    ranges = [(symbols[s], r.lower, r.upper) for s, r in program.range_constraints.items() if s in symbols]
+    codes = [compile(code, "<guard>", "eval") for code in getattr(program, "_guards_code", [])]
+    fixed = [tuple(t.shape) for t in example]
+
+    def accepts(n: int) -> bool:
+        # The trace never sees 0 or 1 rows; those are judged by running both, in `pipeline`.
+        for expr, lower, upper in ranges:
+            size = int(expr.subs(BATCH, n)) if not expr.is_Integer else int(expr)
+            if (lower > 2 and size < lower) or size > upper:
+                return False
+        if not codes:
+            return True
+        shapes = [(n if s and s[0] == batch else s[0] if s else 0, *s[1:]) for s in fixed]
+        stand_ins = [types.SimpleNamespace(size=lambda s=s: s) for s in shapes]
+        return all(eval(code, {"L": {"atoms": stand_ins}, "torch": torch}) for code in codes)
+
+    return accepts
