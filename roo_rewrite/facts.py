@@ -76,10 +76,11 @@ class Lengths(Rows):
 
 @dataclass(frozen=True)
 class Offsets(Batching):
-    """Where each row of a jagged pair begins: `[B]`, or `[B + 1]` with the final `total`."""
+    """Where the rows of a jagged pair begin and end: `[B + 1]`, or `[B]` without the `first` 0 or the `last` total."""
 
     lengths: str
-    total: bool = True
+    first: bool = True
+    last: bool = True
 
 
 @dataclass(frozen=True)

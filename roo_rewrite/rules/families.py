@@ -62,6 +62,18 @@ def along(call: Call, *dims: int, what: str = "works along the batch dim") -> Ba
     return batched(x.rows)
 
 
+def broadcast_shape(operands: Sequence[Operand]) -> tuple[int, ...]:
+    """The shape of operands broadcast together."""
+    ndim = max((o.ndim for o in operands), default=0)
+    padded = [(1,) * (ndim - o.ndim) + o.shape for o in operands]
+    return tuple(next((s for s in sizes if s != 1), 1) for sizes in zip(*padded))
+
+
+def listed(dims: int | Sequence[int] | None) -> list[int] | None:
+    """A dim argument that may be one, several or none, as a list."""
+    return [dims] if isinstance(dims, int) else None if dims is None else list(dims)
+
+
 def reduced(x: Operand, dims: Sequence[int] | None, keepdim: bool) -> Batching:
     """The batch after a reduction over `dims` (None or empty: all) of x."""
     rows = x.rows

@@ -84,8 +84,6 @@ _register()
     "aten.alias.default",
     "aten.detach.default",
     "aten.lift_fresh_copy.default",
-    "aten.zeros_like.default",
-    "aten.ones_like.default",
     cases=_UNARY_CASES,
 )
 def same_shape(call: Call) -> Batching:
@@ -99,7 +97,6 @@ rule("aten.to.device", cases=[case("B 3", call=lambda n, x: (x, torch.device("cp
 rule("aten.to.other", "aten.type_as.default", cases=[case("B 3", "i:2")])(
     lambda call: batched(call.operand("self").rows)
 )
-rule("aten.full_like.default", cases=[case("B 3", call=lambda n, x: (x, 2.0))])(unary)
 
 
 @rule(
@@ -133,4 +130,17 @@ no_rule(
     "aten.normal.Tensor_Tensor",
     "aten.poisson.default",
     "aten.exponential.default",
+    "aten.bernoulli.p",
+    "aten.randint.low_generator",
+    "aten.rand.generator",
+    "aten.randn.generator",
+    "aten.normal.Tensor_float",
+    "aten.normal.float_Tensor",
+    "aten.normal_functional.default",
+    "aten.uniform.default",
+    "aten.native_dropout.default",
+    "aten.rrelu.default",
+    "aten.rrelu_with_noise_functional.default",
+    "aten.randint_like.low_dtype",
+    random=True,
 )

@@ -151,6 +151,7 @@ class Rule:
 class _Registry:
     rules: dict[str, Rule] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
+    random: set[str] = field(default_factory=set)
 
 
 _REGISTRY = _Registry()
@@ -173,11 +174,13 @@ def rule(
     return register
 
 
-def no_rule(reason: str, *ops: str) -> None:
-    """Records why these ops can have no rule: they mix rows by their nature."""
+def no_rule(reason: str, *ops: str, random: bool = False) -> None:
+    """Records why these ops can have no rule: they mix rows by their nature, or draw random numbers."""
     for op in ops:
         _once(op)
         _REGISTRY.declined[op] = reason
+        if random:
+            _REGISTRY.random.add(op)
 
 
 def _once(op: str) -> None:
@@ -236,7 +239,9 @@ def make_call(
 def infer(call: Call) -> Batching:
     """Where the batch lives in the result of `call`: `Several` for an op with several outputs.
 
-    Raises NotRowWise, with the reason, where there is no rule or the rule declines.
+    Raises NotRowWise, with the reason, where there is no rule or the rule declines. A rule sees sizes as hints:
+    the caller, who knows them as symbols, confirms that `Rows(dim, outer, inner)` has `outer * B * inner` entries
+    in that dim and that no other dim depends on the batch.
     """
     if not _batched(call):
         return _constant(call)
@@ -253,7 +258,7 @@ def infer(call: Call) -> Batching:
 
 def _constant(call: Call) -> Batching:
     """The result of an op none of whose arguments knows the batch."""
-    if call.name in _REGISTRY.declined:
+    if call.name in _REGISTRY.random:
         raise NotRowWise(reason_without_rule(call.name))
     return Several((Replicated(),) * len(call.out)) if call.several else Replicated()
 
