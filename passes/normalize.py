@@ -214,7 +214,7 @@ def _free_devices(captured: Captured) -> None:
     inputs = [n for n in graph.nodes if n.op == "placeholder" and isinstance(n.meta.get("val"), torch.Tensor)]
     if not devices or not inputs or {n.meta["val"].device for n in inputs} != devices:
         return
-    with graph.inserting_after(list(n for n in graph.nodes if n.op == "placeholder")[-1]):
+    with graph.inserting_after([n for n in graph.nodes if n.op == "placeholder"][-1]):
         device = graph.call_function(getattr, (inputs[0], "device"))
     device.meta["val"] = next(iter(devices))
     for node in nodes:

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
-from roo_rewrite.leaves import LeafSite, observed, opaque
+from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
 _BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
@@ -171,7 +171,7 @@ def _innermost(model: nn.Module, error: BaseException) -> str | None:
     return found
 
 
-class _CustomBackward(RuntimeError):
+class _CustomBackwardError(RuntimeError):
     """A Python autograd.Function was met: its backward would be lost in the trace."""
 
 
@@ -181,7 +181,7 @@ def _no_custom_backward() -> Iterator[None]:
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         if not cls.__module__.startswith("torch."):
-            raise _CustomBackward(f"{cls.__qualname__} is an autograd.Function with a backward of its own")
+            raise _CustomBackwardError(f"{cls.__qualname__} is an autograd.Function with a backward of its own")
         return original.__func__(cls, *args, **kwargs)
 
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,arg-type]
@@ -269,15 +269,12 @@ def _observe(
     batch: int,
 ) -> None:
     second = batch + 2
-    buffers = {n: b.clone() for n, b in model.named_buffers()}
-    for size, again in ((batch, False), (second, True)):
-        rows = inputs.select(example, torch.arange(size) % batch, _BOTH)
-        args, kwargs = inputs.unflatten(rows, Provenance.IMPRESSION, statics)
-        with torch.no_grad(), observed(model, leaves, sites, again):
-            model(*args, **kwargs)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
+    with torch.no_grad(), frozen_buffers(model):
+        for size, again in ((batch, False), (second, True)):
+            rows = inputs.select(example, torch.arange(size) % batch, _BOTH)
+            args, kwargs = inputs.unflatten(rows, Provenance.IMPRESSION, statics)
+            with observed(model, leaves, sites, again):
+                model(*args, **kwargs)
     for site in sites:
         site.batches = (batch, second)
 

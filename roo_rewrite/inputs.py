@@ -65,6 +65,10 @@ class Leaf:
         """Inverse of `from_request`."""
         return self.to_impression(atoms)
 
+    def from_side(self, value: Any, side: Provenance) -> list[Tensor]:
+        """The atoms of one side, from a request-level leaf or from that side's part alone."""
+        return [t for a, t in zip(self.atoms, self.from_request(value)) if a.provenance is side]
+
 
 @dataclass(frozen=True)
 class Static(Leaf):
@@ -143,6 +147,9 @@ class Columns(Leaf):
 
     def to_request(self, atoms: Sequence[Tensor]) -> Any:
         return (atoms[0], atoms[1])
+
+    def from_side(self, value: Any, side: Provenance) -> list[Tensor]:
+        return [value] if isinstance(value, Tensor) else super().from_side(value, side)
 
 
 @dataclass(frozen=True)
@@ -231,7 +238,8 @@ class Inputs:
     spec: FeatureSpec
     tree: pytree.TreeSpec
     leaves: tuple[Leaf, ...]
-    bind: Callable[..., tuple[tuple[Any, ...], dict[str, Any]]]
+    paths: tuple[Path, ...]
+    parameters: Parameters
 
     @property
     def atoms(self) -> tuple[Atom, ...]:
@@ -243,25 +251,33 @@ class Inputs:
     ) -> tuple[list[Tensor], list[Any]]:
         """A call at `level` -> (atoms, static values). Raises InputError when the structure differs."""
         request = level is Provenance.REQUEST
-        values = self._values(args, kwargs, request)
+        given = self.parameters.bind(args, kwargs)
         atoms: list[Tensor] = []
         statics: list[Any] = []
-        for leaf, value in zip(self.leaves, values):
+        for leaf, path in zip(self.leaves, self.paths):
+            value = follow(given, path, leaf.name)
             if isinstance(leaf, Static):
                 statics.append(value)
             else:
                 atoms += leaf.from_request(value) if request else leaf.from_impression(value)
         return atoms, statics
 
-    def _values(self, args: Sequence[Any], kwargs: Mapping[str, Any], request: bool) -> list[Any]:
-        bound = self.bind(*args, **kwargs)
-        try:
-            return self.tree.flatten_up_to(bound) if request else _flatten(bound)[0]
-        except ValueError as e:
-            names = [leaf.name for leaf in self.leaves]
-            raise InputError(
-                f"the call's arguments have another structure than the example's; the inputs are {names}: {e}"
-            ) from e
+    def flatten_side(self, args: Sequence[Any], kwargs: Mapping[str, Any], side: Provenance) -> list[Tensor]:
+        """The atoms of one side, from a full request-level call or from one that leaves the other side out.
+
+        Positional arguments are then those parameters that hold something of this side, in order.
+        """
+        wanted = [any(a.provenance is side for a in leaf.atoms) for leaf in self.leaves]
+        roots = list(dict.fromkeys(path[0][1] for path, mine in zip(self.paths, wanted) if mine))
+        full = len(args) + len(kwargs) >= len(self.parameters.roots)
+        parameters = self.parameters if full else Parameters(tuple(r for r in self.parameters.names if r in roots), "")
+        given = parameters.bind(args, kwargs, partial=True)
+        atoms: list[Tensor] = []
+        for leaf, path, mine in zip(self.leaves, self.paths, wanted):
+            if mine:
+                value = follow(given, path, leaf.name)
+                atoms += leaf.from_side(value, side)
+        return atoms
 
     def unflatten(
         self, atoms: Sequence[Tensor], level: Provenance, statics: Sequence[Any] | None = None
@@ -338,46 +354,88 @@ def as_kind(kind: Kind, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     return offsets[:-1] if kind == "offsets" else offsets
 
 
+Path = tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of `forward`: names of the positional ones, of `*args`, and those the example gave."""
+
+    names: tuple[str, ...]
+    rest: str
+    roots: tuple[str, ...] = ()
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:
+        """Values by parameter. Raises InputError for too many positional or for doubly given ones."""
+        given = dict(zip(self.names, args))
+        if len(args) > len(self.names):
+            if not self.rest:
+                raise InputError(f"{len(args)} positional arguments given; the parameters are {list(self.names)}")
+            given[self.rest] = tuple(args[len(self.names) :])
+        for name, value in kwargs.items():
+            if name in given:
+                raise InputError(f"argument {name!r} is given twice, by place and by name")
+            given[name] = value
+        extra = [name for name in given if name not in self.roots]
+        if extra and not partial:
+            raise InputError(f"arguments {extra} are not in the example; its arguments are {list(self.roots)}")
+        return given
+
+
+def follow(given: Mapping[str, Any], path: Path, name: str) -> Any:
+    """The value at `path`. Raises InputError where the call lacks it."""
+    value: Any = given
+    try:
+        for kind, key in path:
+            value = getattr(value, key) if kind == "attribute" else value[key]
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise InputError(f"the call lacks input {name!r}, which the example has") from None
+    return value
+
+
+def parameters_of(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parameters:
+    """The parameters of `forward` as this example gives them. Raises InputError where it does not fit."""
+    try:
+        signature = inspect.signature(forward)
+        bound = signature.bind(*args, **kwargs)
+    except ValueError:
+        return Parameters((), "args", ("args", *kwargs))
+    except TypeError as e:
+        raise InputError(f"the example does not fit forward: {e}") from e
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(p.name for p in signature.parameters.values() if p.kind in positional)
+    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), "")
+    open_ended = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    roots = [n for n in bound.arguments if n != open_ended]
+    return Parameters(names, rest, (*roots, *bound.arguments.get(open_ended or "", ())))
+
+
 def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(tree, is_leaf=is_kjt)
 
 
-def _binder(forward: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[int], str]]:
-    """(args, kwargs) with every positional argument in its place; and the name of positional i."""
-    try:
-        signature = inspect.signature(forward)
-    except (TypeError, ValueError):
-        return (lambda *a, **k: (a, k)), (lambda i: f"args.{i}")
-    positional = [
-        p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+def _path(keys: tuple[Any, ...], parameters: Parameters) -> Path:
+    """A pytree path in (args, kwargs) as a path from the parameters."""
+    steps = [
+        ("attribute", k.name) if hasattr(k, "name") else ("item", getattr(k, "key", getattr(k, "idx", k))) for k in keys
     ]
-    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), "args")
-
-    def bind(*args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as e:
-            raise InputError(f"the call does not fit forward{signature}: {e}") from e
-        return bound.args, dict(sorted(bound.kwargs.items()))
-
-    return bind, lambda i: positional[i] if i < len(positional) else f"{rest}.{i - len(positional)}"
-
-
-def _path_name(path: tuple[Any, ...], positional: Callable[[int], str]) -> str:
-    parts = [str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path]
-    head = positional(int(parts[1])) if parts[0] == "0" else parts[1]
-    return ".".join([head, *parts[2:]])
+    if steps[0][1] == 1:
+        return tuple(steps[1:])
+    at, names = steps[1][1], parameters.names
+    head = [("item", names[at])] if at < len(names) else [("item", parameters.rest), ("item", at - len(names))]
+    return (*head, *steps[2:])
 
 
 def bind_inputs(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], spec: FeatureSpec
 ) -> Inputs:
     """The calling convention of `forward` for this example. Raises SpecError where the spec does not fit."""
-    bind, positional = _binder(forward)
-    bound = bind(*args, **kwargs)
-    with_paths, _ = pytree.tree_flatten_with_path(bound, is_leaf=is_kjt)
-    tree = _flatten(bound)[1]
-    named = [(_path_name(path, positional), value) for path, value in with_paths]
+    parameters = parameters_of(forward, args, kwargs)
+    call = (tuple(args), dict(kwargs))
+    with_paths, _ = pytree.tree_flatten_with_path(call, is_leaf=is_kjt)
+    tree = _flatten(call)[1]
+    paths = tuple(_path(keys, parameters) for keys, _ in with_paths)
+    named = [(".".join(str(key) for _, key in path), value) for path, (_, value) in zip(paths, with_paths)]
     features: list[str] = []
     for name, value in named:
         features += [f"{name}.{k}" for k in value.keys()] if is_kjt(value) else [name] * isinstance(value, Tensor)
@@ -387,7 +445,7 @@ def bind_inputs(
     sides = spec.assign(features)
     pairs = _jagged_pairs(spec, features, {n: v for n, v in named if isinstance(v, Tensor)}, sides)
     leaves = [_leaf(name, value, spec, sides, pairs, features) for name, value in named]
-    return Inputs(spec, tree, tuple(leaves), bind)
+    return Inputs(spec, tree, tuple(leaves), paths, parameters)
 
 
 def _jagged_pairs(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from roo_rewrite.errors import CaptureError
-from roo_rewrite.inputs import is_kjt
+from roo_rewrite.errors import CaptureError, NotRowWise
+from roo_rewrite.facts import Batching, Replicated, Rows, Several
 
 _SITES: list[LeafSite] = []
 
@@ -145,10 +145,72 @@ def opaque(model: nn.Module, paths: Sequence[str], sites: list[LeafSite]) -> Ite
                 module.__dict__["forward"] = old
 
 
+def probe(site: LeafSite, root: nn.Module, batchings: Sequence[Batching], batch: int, declared: bool) -> Batching:
+    """Whether a leaf call is row-wise: run on gathered, permuted, repeated and single rows of what it was called with.
+
+    Returns the batching of each output; raises NotRowWise with what was seen. A leaf that is declared
+    row-wise is taken at its word, but for the place of the batch in its outputs.
+    """
+    if any(type(b) not in (Rows, Replicated) for b in batchings):
+        raise NotRowWise(f"leaf {site.path!r} is called with more than plain rows")
+    inputs, outputs = site.observed
+    places = [_place(first, second, site.batches) for first, second in site.shapes]
+    if not declared:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(root.get_submodule(site.path)):
+            generator = torch.Generator().manual_seed(0)
+            for rows in _probes(batch, generator):
+                chosen = [_gather(t, b, rows, batch) for t, b in zip(inputs, batchings)]
+                _compare(site, root, chosen, [_gather(t, p, rows, batch) for t, p in zip(outputs, places)])
+    return Several(tuple(places))
+
+
+def _place(first: tuple[int, ...], second: tuple[int, ...], batches: tuple[int, int]) -> Batching:
+    moved = [d for d, (a, b) in enumerate(zip(first, second)) if a != b]
+    if not moved:
+        return Replicated()
+    if len(moved) > 1 or (first[moved[0]], second[moved[0]]) != batches:
+        raise NotRowWise("the outputs of the leaf do not have one dim of the batch's size")
+    return Rows(moved[0])
+
+
+def _probes(batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    yield torch.randperm(batch, generator=generator)
+    for size in (1, 2, batch // 2, batch + 3):
+        yield torch.randint(batch, (size,), generator=generator)
+    for row in range(min(batch, 4)):
+        yield torch.tensor([row])
+
+
+def _gather(tensor: Tensor, batching: Batching, rows: Tensor, batch: int) -> Tensor:
+    if not isinstance(batching, Rows):
+        return tensor
+    split = tensor.unflatten(batching.dim, (batching.outer, batch, batching.inner))
+    return split.index_select(batching.dim + 1, rows).flatten(batching.dim, batching.dim + 2)
+
+
+def _compare(site: LeafSite, root: nn.Module, inputs: list[Tensor], expected: list[Tensor]) -> None:
+    try:
+        found = site.call(root, inputs)
+    except Exception as e:
+        raise NotRowWise(f"leaf {site.path!r} fails on fewer rows: {type(e).__name__}: {e}") from e
+    for got, want in zip(found, expected, strict=True):
+        if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise NotRowWise(f"leaf {site.path!r} gives a row another result among other rows")
+
+
+@contextlib.contextmanager
+def frozen_buffers(module: nn.Module) -> Iterator[None]:
+    """Puts the module's buffers back as they were."""
+    saved = [(b, b.clone()) for b in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in saved:
+                buffer.copy_(value)
+
+
 def default_leaves(model: nn.Module) -> list[str]:
     """Paths of the modules that are leaves by nature: TorchRec's embedding modules, so they stay shardable."""
     names = {"EmbeddingBagCollection", "EmbeddingCollection", "ShardedEmbeddingBagCollection"}
     return [p for p, m in model.named_modules() if p and type(m).__name__ in names and "torchrec" in type(m).__module__]
-
-
-__all__ = ["LeafSite", "default_leaves", "is_kjt", "observed", "opaque", "tensors_of"]

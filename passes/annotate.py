@@ -1,0 +1,221 @@
+"""Provenance and batching on every node.
+
+    graph                           annotation
+    u = placeholder  (request)      REQUEST     Rows(0)
+    x = placeholder  (impression)   IMPRESSION  Rows(0)
+    w = get_attr                    CONSTANT    Replicated
+    h = linear(u, w)                REQUEST     Rows(0)
+    m = mean(h, [0])                IMPRESSION  CrossRow(reduces over the batch dim)
+    n = sym_size(x, 0)              -           Size
+
+Postcondition: `node.meta["roo"]` of every node but the output is an Annotation. REQUEST means proved:
+every op from the request inputs to here has a rule that showed it row-wise, and the traced sizes agree.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.fx import Node
+
+import roo_rewrite.rules  # noqa: F401 - registers the rules
+from passes.functionalize import EFFECT
+from roo_rewrite.capture import BATCH, Captured
+from roo_rewrite.errors import NotRowWise
+from roo_rewrite.facts import (
+    META,
+    Annotation,
+    Batching,
+    CrossRow,
+    Lengths,
+    Provenance,
+    Ragged,
+    Replicated,
+    RowIndex,
+    Rows,
+    Several,
+    Size,
+    annotation,
+)
+from roo_rewrite.inputs import Atom, Inputs
+from roo_rewrite.leaves import probe
+from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, op_name
+
+aten = torch.ops.aten
+WEIGHTED = "roo_weighted"
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What the caller allows: `dropout` per impression or per request; leaves declared row-wise by path."""
+
+    dropout: str = "per_impression"
+    row_wise_leaves: frozenset[str] = frozenset()
+
+
+def annotate(captured: Captured, inputs: Inputs, model: nn.Module, policy: Policy) -> None:
+    """Annotates every node of the captured graph, in order."""
+    atoms = iter(inputs.atoms)
+    for node in captured.graph.nodes:
+        if node.op == "placeholder":
+            node.meta[META] = _input(next(atoms))
+        elif node.op == "get_attr":
+            node.meta[META] = Annotation(Provenance.CONSTANT, Replicated())
+        elif node.op == "call_function":
+            node.meta[META] = _call(captured, node, model, policy)
+        if EFFECT in node.meta and node.op != "output":
+            node.meta[META] = _cross_row(node.meta[EFFECT])
+
+
+def _input(atom: Atom) -> Annotation:
+    match atom.kind:
+        case "shared":
+            return Annotation(Provenance.CONSTANT, Replicated())
+        case "values":
+            return Annotation(atom.provenance, Ragged(atom.rows_in))
+        case "lengths":
+            return Annotation(atom.provenance, Lengths(lengths=atom.name))
+        case "dense":
+            return Annotation(atom.provenance, Rows(0))
+        case _:
+            return _cross_row(f"{atom.name!r} holds offsets, which count all rows before")
+
+
+def _cross_row(reason: str) -> Annotation:
+    return Annotation(Provenance.IMPRESSION, CrossRow(reason), reason)
+
+
+def _call(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> Annotation:
+    value = node.meta.get("val")
+    if node.target is getattr:
+        return Annotation(Provenance.CONSTANT, Replicated())
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return _part(annotation(node.args[0]), node.args[1])
+    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+        return Annotation(Provenance.IMPRESSION, Size())
+    operands = [n for n in node.all_input_nodes if _is_tensor(n)]
+    sources = [annotation(n).provenance for n in operands]
+    try:
+        batching = _checked(captured, _batching(captured, node, model, policy), value)
+    except NotRowWise as e:
+        return _cross_row(str(e))
+    return Annotation(max(sources, default=Provenance.CONSTANT), batching)
+
+
+def _part(whole: Annotation, index: Any) -> Annotation:
+    if not isinstance(whole.batching, Several):
+        return whole
+    return Annotation(whole.provenance, whole.batching.parts[index], whole.reason)
+
+
+def _is_tensor(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, (Tensor, list, tuple))
+
+
+def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> Batching:
+    for source in node.all_input_nodes:
+        known = annotation(source).batching
+        if isinstance(known, CrossRow):
+            raise NotRowWise(known.reason)
+    if node.target is torch.ops.roo.leaf.default:
+        return _leaf(captured, node, model, policy)
+    if not isinstance(node.target, OpOverload):
+        raise NotRowWise(f"no row rule for {op_name(node.target)}")
+    random = torch.Tag.nondeterministic_seeded in node.target.tags
+    if random and find(str(node.target)) is None:
+        raise NotRowWise("draws random numbers for every impression")
+    outputs = [[_hint(s) for s in t.shape] for t in _tensors(node.meta["val"])]
+    call = make_call(node.target, node.args, node.kwargs, lambda a: _operand(captured, a), captured.batch, outputs)
+    special = _special(node, call.args, policy)
+    return infer(call) if special is None else special
+
+
+def _special(node: Node, args: dict[str, Any], policy: Policy) -> Batching | None:
+    """Training ops that are row-wise only by agreement: shared dropout, count-weighted batch norm."""
+    if node.target is aten.dropout.default and policy.dropout == "per_request":
+        return args["input"].batching  # type: ignore[no-any-return]
+    if node.target is aten.batch_norm.default and args["training"]:
+        rows = args["input"].batching
+        if type(rows) is Rows and rows.dim == 0 and not any(EFFECT in n.meta for n in node.all_input_nodes):
+            node.meta[WEIGHTED] = rows
+            return rows
+    return None
+
+
+def _leaf(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> Batching:
+    tensors, index = node.args
+    site = captured.sites[index]  # type: ignore[index]
+    batchings = [annotation(t).batching for t in tensors]  # type: ignore[union-attr,arg-type]
+    return probe(site, model, batchings, captured.batch, site.path in policy.row_wise_leaves)
+
+
+def _operand(captured: Captured, value: Any) -> Any:
+    if isinstance(value, Node):
+        meaning = value.meta.get("val")
+        if isinstance(meaning, Tensor):
+            return Operand(
+                tuple(_extent(captured, s) for s in meaning.shape), annotation(value).batching, meaning.dtype
+            )
+        if isinstance(meaning, torch.SymInt):
+            return _extent(captured, meaning)
+        if isinstance(meaning, (torch.SymFloat, torch.SymBool)):
+            raise NotRowWise("a number computed from the batch size is used")
+        return meaning
+    return value
+
+
+def _extent(captured: Captured, size: int | torch.SymInt) -> int:
+    expr = captured.expr(size)
+    return int(expr) if expr.is_Integer else Extent(_hint(size))
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    if isinstance(size, torch.SymInt):
+        if not size.node.has_hint():
+            raise NotRowWise("a size is known only at run time")
+        return int(size.node.hint)
+    return size
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from _tensors(v)
+
+
+def _checked(captured: Captured, batching: Batching, value: Any) -> Batching:
+    """The rule's verdict held against the traced sizes: the batch is where it says, and nowhere else."""
+    parts = batching.parts if isinstance(batching, Several) else (batching,)
+    for part, tensor in zip(parts, _tensors(value)):
+        sizes = [captured.expr(s) for s in tensor.shape]
+        for dim, size in enumerate(sizes):
+            expected = _expected(part, dim)
+            if expected is None and not size.is_Integer:
+                raise NotRowWise(f"dim {dim} of the result has size {size}, which the rule does not account for")
+            if expected is not None and not isinstance(part, Ragged) and sympy.expand(size - expected) != 0:
+                raise NotRowWise(f"dim {dim} of the result has size {size}, not {expected}")
+    return batching
+
+
+def _expected(part: Batching, dim: int) -> sympy.Expr | None:
+    """The size of dim `dim` in terms of BATCH; None where it must not depend on the batch."""
+    if isinstance(part, Rows) and part.dim == dim:
+        return BATCH * part.outer * part.inner
+    if isinstance(part, RowIndex) and part.dim == dim:
+        return BATCH
+    if isinstance(part, Ragged) and dim == 0:
+        return BATCH
+    if type(part).__name__ == "Offsets" and dim == 0:
+        return BATCH + int(part.total)  # type: ignore[attr-defined]
+    return None

@@ -1,0 +1,248 @@
+"""Splits the graph along a Partition: request nodes first, one jagged broadcast for each residual.
+
+    before (I rows everywhere)          after
+    u = placeholder                     u = placeholder               R rows
+    x = placeholder                     x = placeholder               I rows
+    h = linear(u, w)                    counts = placeholder
+    y = cat([h, x], 1)                  h = linear(u, w)              R rows
+                                        rows = request_of(counts, sym_size(x, 0))
+                                        e = jagged_broadcast(h, rows, 0)
+                                        y = cat([e, x], 1)
+
+Postcondition (`legality.hoisted`): a request node reads request nodes, constants and nothing else; an
+impression node reads the broadcast of a request node, never the node. `meta["roo_side"]` says which is which.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from torch.fx import Graph, Node
+
+from passes.annotate import WEIGHTED
+from passes.functionalize import is_effect
+from passes.partition import Partition
+from roo_rewrite.capture import BATCH, Captured
+from roo_rewrite.errors import CaptureError
+from roo_rewrite.facts import Lengths, Provenance, Ragged, Replicated, Rows, Size, annotation
+from roo_rewrite.inputs import Inputs
+from roo_rewrite.ops.broadcast import jagged_broadcast, jagged_select, request_of
+from roo_rewrite.ops.norm import weighted_batch_norm
+
+aten = torch.ops.aten
+SIDE = "roo_side"
+COUNTS = "num_impressions"
+
+
+def hoist(captured: Captured, inputs: Inputs, plan: Partition) -> Graph:
+    """The request-level graph: placeholders are the atoms and `num_impressions`, output a flat tuple."""
+    return _Hoist(captured, inputs, plan).run()
+
+
+class _Hoist:
+    def __init__(self, captured: Captured, inputs: Inputs, plan: Partition):
+        self.captured, self.inputs = captured, inputs
+        self.inside = set(plan.request)
+        self.residuals = plan.residuals
+        self.graph = Graph()
+        self.at_request: dict[Node, Any] = {}
+        self.at_impression: dict[Node, Any] = {}
+        self.sizes: dict[tuple[Provenance, sympy.Expr], Any] = {}
+        self.side = Provenance.REQUEST
+
+    def run(self) -> Graph:
+        nodes = list(self.captured.graph.nodes)
+        self._placeholders([n for n in nodes if n.op == "placeholder"])
+        for node in nodes:
+            if node in self.inside and node.op != "placeholder":
+                self._request(node)
+        self.side = Provenance.IMPRESSION
+        self._broadcasts()
+        for node in nodes:
+            if node.op == "output":
+                self._mark(self.graph.output(torch.fx.map_arg(node.args[0], self._impression)))
+            elif node not in self.inside and node.op != "placeholder" and not _on_demand(node):
+                self._impression(node)
+        self.graph.eliminate_dead_code(is_impure_node=_keeps)
+        self.graph.lint()
+        return self.graph
+
+    def _mark(self, node: Node, like: Node | None = None) -> Node:
+        if like is not None:
+            node.meta = dict(like.meta)
+        node.meta[SIDE] = self.side
+        return node
+
+    def _placeholders(self, nodes: list[Node]) -> None:
+        for node, atom in zip(nodes, self.inputs.atoms):
+            self.side = annotation(node).provenance
+            copied = self._mark(self.graph.placeholder(identifier(atom.name)), node)
+            shared = self.side is Provenance.CONSTANT
+            if shared or self.side is Provenance.REQUEST:
+                self.at_request[node] = copied
+            if shared or self.side is Provenance.IMPRESSION:
+                self.at_impression[node] = copied
+        self.side = Provenance.REQUEST
+        self.counts = self._mark(self.graph.placeholder(COUNTS))
+        self.atoms = nodes
+
+    # -- the request side
+
+    def _request(self, node: Node) -> Node:
+        """The node at R rows; constants and sizes are made on demand."""
+        if node in self.at_request:
+            return self.at_request[node]  # type: ignore[no-any-return]
+        if isinstance(annotation(node).batching, Size):
+            return self._size(node, Provenance.REQUEST)
+        if WEIGHTED in node.meta and node in self.inside:
+            made = self._weighted(node)
+        else:
+            made = self.graph.node_copy(node, self._request)
+        self.at_request[node] = self._mark(made, node)
+        return made
+
+    def _weighted(self, node: Node) -> Node:
+        """Batch norm in training at R rows: every row counts as often as its request has impressions."""
+        x, weight, bias, mean, var, _, momentum, eps, _ = node.args
+        rows = node.meta[WEIGHTED]
+        args = tuple(torch.fx.map_arg(a, self._request) for a in (x, weight, bias, mean, var, momentum, eps))
+        return self.graph.call_function(weighted_batch_norm, (*args, self.counts, rows.outer, rows.inner))
+
+    # -- the impression side
+
+    def _impression(self, node: Node) -> Any:
+        if node in self.at_impression:
+            return self.at_impression[node]
+        if isinstance(annotation(node).batching, Size):
+            return self._size(node, Provenance.IMPRESSION)
+        assert node not in self.inside, f"{node} is request-level and does not cross"
+        made = self.graph.node_copy(node, self._impression)
+        self.at_impression[node] = self._mark(made, node)
+        return made
+
+    def _broadcasts(self) -> None:
+        rows: Node | None = None
+        for node in self.residuals:
+            batching = annotation(node).batching
+            value = self.at_request[node]
+            if isinstance(batching, Replicated):
+                self.at_impression[node] = value
+                continue
+            if rows is None:
+                rows = self._mark(self.graph.call_function(request_of, (self.counts, self._impression_rows())))
+                self.request_of = rows
+            if isinstance(batching, Ragged):
+                keeper = next(a for a in self.atoms if annotation(a).batching == Lengths(lengths=batching.lengths))
+                made = self.graph.call_function(jagged_select, (value, self.at_request[keeper], rows))
+            else:
+                assert isinstance(batching, Rows)
+                place = (batching.dim, batching.outer, batching.inner)
+                made = self.graph.call_function(jagged_broadcast, (value, rows, *place))
+            self.at_impression[node] = self._mark(made, node)
+
+    # -- sizes
+
+    def _impression_rows(self) -> Any:
+        """I, from an impression input where there is one; else the sum of the counts."""
+        return self._rows(Provenance.IMPRESSION)
+
+    def _rows(self, side: Provenance) -> Any:
+        """The number of rows of a side, as a node (R is always the length of the counts)."""
+        key = (side, BATCH)
+        if key not in self.sizes:
+            self.sizes[key] = self._new_rows(side)
+        return self.sizes[key]
+
+    def _new_rows(self, side: Provenance) -> Node:
+        before, self.side = self.side, side
+        if side is Provenance.REQUEST:
+            made = self.graph.call_function(aten.sym_size.int, (self.counts, 0))
+        else:
+            keeper = next((a for a in self.atoms if _counts_impressions(a)), None)
+            if keeper is not None:
+                made = self.graph.call_function(aten.sym_size.int, (self.at_impression[keeper], 0))
+            else:
+                made = self.graph.call_function(total_impressions, (self.counts,))
+        self._mark(made)
+        self.side = before
+        return made
+
+    def _size(self, node: Node, side: Provenance) -> Any:
+        """A size of the traced batch, with the rows of `side` in the place of the batch."""
+        value = node.meta["val"]
+        if not isinstance(value, torch.SymInt) or not self.captured.expr(value).free_symbols <= {BATCH}:
+            return self._copied_size(node, side)
+        return self._emit(self.captured.expr(value), side)
+
+    def _copied_size(self, node: Node, side: Provenance) -> Any:
+        """A size that is known only at run time: computed as in the original, from the values of its side."""
+        known = self.at_request if side is Provenance.REQUEST else self.at_impression
+        if node not in known:
+            made = self.graph.node_copy(node, self._request if side is Provenance.REQUEST else self._impression)
+            known[node] = self._mark(made, node)
+        return known[node]
+
+    def _emit(self, expr: sympy.Expr, side: Provenance) -> Any:
+        key = (side, expr)
+        if expr.is_Integer:
+            return int(expr)
+        if expr == BATCH:
+            return self._rows(side)
+        if key not in self.sizes:
+            self.sizes[key] = self._mark(self._emit_new(expr, side))
+        return self.sizes[key]
+
+    def _emit_new(self, expr: sympy.Expr, side: Provenance) -> Node:
+        parts = [self._emit(a, side) for a in expr.args]
+        match type(expr).__name__:
+            case "Add":
+                return self._fold(operator.add, parts)
+            case "Mul":
+                return self._fold(operator.mul, parts)
+            case "FloorDiv" | "CleanDiv":
+                return self.graph.call_function(operator.floordiv, tuple(parts))
+            case "Mod" | "PythonMod":
+                return self.graph.call_function(operator.mod, tuple(parts))
+            case "Pow" if expr.args[1].is_Integer and expr.args[1] > 0:
+                return self._fold(operator.mul, [parts[0]] * int(expr.args[1]))
+            case name:
+                raise CaptureError(f"a size of the model, {expr}, uses {name}, which is not supported")
+
+    def _fold(self, op: Any, parts: list[Any]) -> Node:
+        made = parts[0]
+        for part in parts[1:]:
+            made = self._mark(self.graph.call_function(op, (made, part)))
+        assert isinstance(made, Node)
+        return made
+
+
+def identifier(name: str) -> str:
+    """An input's name as a Python name."""
+    return re.sub(r"\W", "_", name)
+
+
+def total_impressions(counts: torch.Tensor) -> int:
+    """I where no input has I rows."""
+    return int(counts.sum())
+
+
+def _counts_impressions(atom: Node) -> bool:
+    known = annotation(atom)
+    return known.provenance is Provenance.IMPRESSION and isinstance(known.batching, Rows)
+
+
+def _on_demand(node: Node) -> bool:
+    """Constants and sizes are copied to the side that reads them, effects stay where they are."""
+    known = annotation(node)
+    return known.provenance is Provenance.CONSTANT or isinstance(known.batching, Size)
+
+
+def _keeps(node: Node) -> bool:
+    mutating = node.target in (aten.batch_norm.default, weighted_batch_norm)
+    random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
+    return is_effect(node) or mutating or random

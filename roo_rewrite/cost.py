@@ -1,0 +1,143 @@
+"""What a node costs: FLOPs and bytes of one batch row, and the time they take.
+
+Device constants are measured on the machines the project runs on (`tools/bench/ops.py`), rounded; only
+their ratios matter to a cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from roo_rewrite.capture import Captured
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Device:
+    """Throughput of a device: FLOP/ns of a matrix product, bytes/ns of memory, ns to start an op."""
+
+    flops_per_ns: float
+    bytes_per_ns: float
+    start_ns: float
+
+
+CPU = Device(flops_per_ns=60.0, bytes_per_ns=12.0, start_ns=4_000.0)
+CUDA = Device(flops_per_ns=200_000.0, bytes_per_ns=2_500.0, start_ns=6_000.0)
+NOMINAL_IMPRESSIONS = 1024
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run of a node on the traced batch: multiply-adds counted as 2 FLOPs, bytes read and written."""
+
+    flops: float
+    bytes: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def ns(self, device: Device) -> float:
+        """The time the larger of the two takes."""
+        return max(self.flops / device.flops_per_ns, self.bytes / device.bytes_per_ns)
+
+
+def device_of(captured: Captured) -> Device:
+    """The device the trace ran on."""
+    tensors = (n.meta.get("val") for n in captured.graph.nodes)
+    kinds = {t.device.type for t in tensors if isinstance(t, Tensor)}
+    return CUDA if "cuda" in kinds else CPU
+
+
+def numel(tensor: Tensor) -> int:
+    """Entries of a traced tensor, sizes known only at run time taken as 1."""
+    return math.prod(_size(s) for s in tensor.shape)
+
+
+def _size(size: int | torch.SymInt) -> int:
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint) if size.node.has_hint() else 1
+    return int(size)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in a node's traced value."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from tensors(v)
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of a node's traced value."""
+    return sum(numel(t) * t.element_size() for t in tensors(value))
+
+
+_FREE = {"getitem", "getattr", "sym_size"}
+
+
+def cost(node: Node) -> Cost:
+    """Cost of a node at the traced batch. Views cost nothing; a lookup costs what it reads and writes."""
+    if node.op != "call_function":
+        return Cost(0.0, 0.0)
+    written = nbytes(node.meta.get("val"))
+    if not isinstance(node.target, OpOverload) or _is_view(node):
+        return Cost(0.0, 0.0)
+    read = sum(nbytes(n.meta.get("val")) for n in node.all_input_nodes if _is_read(node, n))
+    return Cost(flops(node), float(read + written))
+
+
+def _is_view(node: Node) -> bool:
+    assert isinstance(node.target, OpOverload)
+    first = node.target._schema.arguments[0].alias_info if node.target._schema.arguments else None
+    return first is not None and not first.is_write
+
+
+def _is_read(node: Node, source: Node) -> bool:
+    # A lookup reads the rows it picks, which is what it writes.
+    return not (node.target in _LOOKUPS and source is node.args[0])
+
+
+_LOOKUPS = {
+    aten.embedding.default,
+    aten.index_select.default,
+    aten.embedding_bag.padding_idx,
+    aten.embedding_bag.default,
+}
+
+
+def flops(node: Node) -> float:
+    """FLOPs of a node at the traced batch; a pointwise op counts one an entry."""
+    out = sum(numel(t) for t in tensors(node.meta.get("val")))
+    shapes = [
+        [_size(s) for s in n.meta["val"].shape] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)
+    ]
+    match node.target:
+        case aten.linear.default | aten.mm.default | aten.bmm.default | aten.matmul.default | aten.mv.default:
+            return 2.0 * out * (shapes[0][-1] if shapes[0] else 1)
+        case aten.addmm.default | aten.baddbmm.default:
+            return 2.0 * out * _size(node.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
+        case aten.einsum.default | aten.tensordot.default:
+            return 2.0 * math.sqrt(float(out) * math.prod(math.prod(s) for s in shapes))
+        case aten.conv1d.default | aten.conv2d.default:
+            return 2.0 * out * math.prod(shapes[1][1:])
+        case aten.scaled_dot_product_attention.default:
+            return 4.0 * out * shapes[1][-2]
+        case aten.gru.input | aten.lstm.input:
+            steps = math.prod(shapes[0][:-1])
+            weights = sum(math.prod(s) for s in shapes[2:] if len(s) == 2)
+            return 2.0 * steps * weights
+        case _ if node.target in _LOOKUPS:
+            return 0.0
+        case _:
+            return float(out)
