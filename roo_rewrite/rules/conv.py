@@ -13,7 +13,7 @@ from roo_rewrite.rules.registry import Call, case, rule
     cases=[
         case("B 2 5", "3 2 3"),
         case("B*2 2 5", "3 2 3", "3"),
-        case("4 2 B", "3 2 1"),
+        case("4 2 B", "3 2 1", empty=False),
         case("4 2 B", "3 2 3", declines=True),
         case("2 B", "3 2 3", declines=True),
     ],
@@ -23,9 +23,9 @@ from roo_rewrite.rules.registry import Call, case, rule
     "aten.conv2d.default",
     cases=[
         case("B 2 5 4", "3 2 3 2"),
-        case("4 2 B 4", "3 2 1 2"),
+        case("4 2 B 4", "3 2 1 2", empty=False),
         case("4 2 B 4", "3 2 1 2", call=lambda n, x, w: (x, w, None, [1, 1], [1, 0]), declines=True),
-        case("2 B 4", "3 2 1 2"),
+        case("2 B 4", "3 2 1 2", empty=False),
     ],
 )
 @rule("aten.conv2d.padding", cases=[case("B 2 5 4", "3 2 3 2", call=lambda n, x, w: (x, w, None, [1], "valid"))])

@@ -27,7 +27,8 @@ def unary(call: Call) -> Batching:
 
 def broadcasting(call: Call) -> Batching:
     """Pointwise with broadcasting: operands are aligned at their last dims."""
-    return batched(aligned(call.operands()))
+    found = batched(aligned(call.operands()))
+    return each(found, len(call.out)) if call.several else found
 
 
 def aligned(operands: Sequence[Operand]) -> Rows | None:

@@ -8,14 +8,14 @@ from roo_rewrite.rules.registry import Call, case, rule
 
 _OVER = "a Fourier transform over the batch"
 _LINE = [
-    case("B 4"),
-    case("4 B", call=lambda n, x: (x, 4, 0)),
-    case("B*2 4", call=lambda n, x: (x, 6)),
+    case("B 4", empty=False),
+    case("4 B", call=lambda n, x: (x, 4, 0), empty=False),
+    case("B*2 4", call=lambda n, x: (x, 6), empty=False),
     case("B 4", call=lambda n, x: (x, None, 0), declines=True),
 ]
 _PLANE = [
-    case("B 4 3"),
-    case("4 B 3", call=lambda n, x: (x, None, [0, 2])),
+    case("B 4 3", empty=False),
+    case("4 B 3", call=lambda n, x: (x, None, [0, 2]), empty=False),
     case("4 B 3", declines=True),
 ]
 
@@ -36,7 +36,7 @@ _PLANE = [
     "aten.fft_ifftn.default",
     "aten.fft_rfftn.default",
     "aten.fft_irfftn.default",
-    cases=[*_PLANE[1:], case("B 4 3", call=lambda n, x: (x, [4, 3]))],
+    cases=[*_PLANE[1:], case("B 4 3", call=lambda n, x: (x, [4, 3]), empty=False)],
 )
 @rule(
     "aten.fft_fftshift.default",

@@ -47,8 +47,8 @@ def is_row_index(index: Operand, rows: Rows | None, dim: int) -> bool:
         case("2 4", "i:B*2", call=lambda n, x, i: (x, -1, i)),
         case("B 4", "#B", call=lambda n, x, i: (x, 0, i)),
         case("B*2 4", "#B*2", call=lambda n, x, i: (x, 0, i)),
-        case("B 4", "i:2", call=lambda n, x, i: (x, 0, i % max(n, 1)), declines=True),
-        case("B 4", "i:B", call=lambda n, x, i: (x, 0, i % max(n, 1)), declines=True),
+        case("B 4", "i:2", call=lambda n, x, i: (x, 0, i), declines=True),
+        case("B 4", "i:B", call=lambda n, x, i: (x, 0, i), declines=True),
     ],
 )
 def index_select(call: Call) -> Batching:
@@ -64,7 +64,7 @@ def index_select(call: Call) -> Batching:
         case("B 2 4", "i:B 1 3", call=lambda n, x, i: (x, -1, i)),
         case("4 3", "i:B 3", call=lambda n, x, i: (x, 0, i)),
         case("B 4", "i:3 1", call=lambda n, x, i: (x, 1, i[:n]), declines=True),
-        case("B 4", "i:B 4", call=lambda n, x, i: (x, 0, i % max(n, 1)), declines=True),
+        case("B 4", "i:B 4", call=lambda n, x, i: (x, 0, i), declines=True),
     ],
 )
 def gather(call: Call) -> Batching:
@@ -78,7 +78,7 @@ def gather(call: Call) -> Batching:
     cases=[
         case("B 4", "i:B 1", "B 1", call=lambda n, x, i, s: (x, 1, i, s)),
         case("4 B", "i:1 B", "1 B", call=lambda n, x, i, s: (x, 0, i, s)),
-        case("B 4", "i:B 4", "B 4", call=lambda n, x, i, s: (x, 0, i % max(n, 1), s), declines=True),
+        case("B 4", "i:B 4", "B 4", call=lambda n, x, i, s: (x, 0, i, s), declines=True),
     ],
 )
 @rule(
@@ -120,7 +120,7 @@ def _in_step(call: Call, out: Operand, others: Sequence[Operand]) -> Batching:
         case("1 4", "i:B 2", call=lambda n, x, i: (x, i, 1)),
         case("B 4", "i:1 2", call=lambda n, x, i: (x, i, -1)),
         case("4 2", "i:B 2", call=lambda n, x, i: (x, i, 0)),
-        case("B", "i:2", call=lambda n, x, i: (x, i % max(n, 1)), declines=True),
+        case("B", "i:2", call=lambda n, x, i: (x, i), declines=True),
     ],
 )
 def take_along_dim(call: Call) -> Batching:
@@ -148,7 +148,7 @@ def _merged(x: Operand) -> tuple[int, int]:
 
 @rule(
     "aten.take.default",
-    cases=[case("4", "i:B 2"), case("B", "i:2", call=lambda n, x, i: (x, i % max(n, 1)), declines=True)],
+    cases=[case("4", "i:B 2"), case("B", "i:2", call=lambda n, x, i: (x, i), declines=True)],
 )
 def take(call: Call) -> Batching:
     """Entries of self seen as one vector."""
@@ -201,20 +201,18 @@ _INDEX_CASES = [
     case("B 4 4", "#B 1", "i:B 2", call=lambda n, x, r, i: (x, [r, i])),
     case("3 B 4", "#B", "i:B", call=lambda n, x, r, i: (x, [None, r, i])),
     case("B*2 4", "#B*2", call=lambda n, x, r: (x, [r])),
-    case("B 3", call=lambda n, x: (x, [None, torch.tensor([True, False, True])])),
-    case("B 4", "i:B", call=lambda n, x, i: (x, [i % max(n, 1)]), declines=True),
-    case("B 4", "i:2", call=lambda n, x, i: (x, [i % max(n, 1)]), declines=True),
+    case("B 4", "i:B", call=lambda n, x, i: (x, [i]), declines=True),
+    case("B 4", "i:2", call=lambda n, x, i: (x, [i]), declines=True),
     case("B 4", "i:B", call=lambda n, x, i: (x, [None, i]), declines=True),
+]
+_MASK_CASES = [
+    case("B 3", call=lambda n, x: (x, [None, torch.tensor([True, False, True])])),
     case("B 4", "b:B", call=lambda n, x, m: (x, [m]), declines=True),
 ]
 
 
-@rule(
-    "aten.index.Tensor",
-    "aten._unsafe_index.Tensor",
-    special=(RowIndex,),
-    cases=_INDEX_CASES,
-)
+@rule("aten.index.Tensor", special=(RowIndex,), cases=[*_INDEX_CASES, *_MASK_CASES])
+@rule("aten._unsafe_index.Tensor", special=(RowIndex,), cases=_INDEX_CASES)
 def index(call: Call) -> Batching:
     """Advanced indexing: the dims taken give way to those of the indices, or these come first."""
     x = call.operand("self")
@@ -236,7 +234,7 @@ def index(call: Call) -> Batching:
         case("B 4", "i:2", "2", call=lambda n, x, i, v: (x, [None, i], v[:1])),
         case("B 4", "#B", "i:B", "B", call=lambda n, x, r, i, v: (x, [r, i], v)),
         case("B 4", "#B", "i:B", call=lambda n, x, r, i: (x, [r, i], torch.tensor(9.0).to(x))),
-        case("B 4", "i:2", call=lambda n, x, i: (x, [i % max(n, 1)], torch.tensor(9.0).to(x)), declines=True),
+        case("B 4", "i:2", call=lambda n, x, i: (x, [i], torch.tensor(9.0).to(x)), declines=True),
     ],
 )
 def index_put(call: Call) -> Batching:
@@ -263,7 +261,7 @@ def _is_row_mask(x: Operand, indices: Sequence[Any]) -> bool:
 _ONE_DIM = [
     case("B 4", "i:2", "B 2", call=lambda n, x, i, s: (x, 1, i, s)),
     case("4 B", "i:2", "2 B", call=lambda n, x, i, s: (x, 0, i, s)),
-    case("B 4", "i:2", "2 4", call=lambda n, x, i, s: (x, 0, i % max(n, 1), s), declines=True),
+    case("B 4", "i:2", "2 4", call=lambda n, x, i, s: (x, 0, i, s), declines=True),
 ]
 
 
@@ -282,7 +280,7 @@ def index_add(call: Call) -> Batching:
     "aten.index_fill.int_Scalar",
     cases=[
         case("B 4", "i:2", call=lambda n, x, i: (x, 1, i, 5)),
-        case("B 4", "i:2", call=lambda n, x, i: (x, 0, i % max(n, 1), 5), declines=True),
+        case("B 4", "i:2", call=lambda n, x, i: (x, 0, i, 5), declines=True),
     ],
 )
 @rule("aten.index_fill.int_Tensor", cases=[case("4 B", "i:2", "", call=lambda n, x, i, v: (x, 0, i, v))])
@@ -332,13 +330,13 @@ def one_hot(call: Call) -> Batching:
     return batched(rows)
 
 
-@rule("aten.bucketize.Tensor", cases=[case("B 3", "i:4", call=lambda n, x, b: (x, b.sort().values.to(x)))])
+@rule("aten.bucketize.Tensor", cases=[case("B 3", "s:4")])
 @rule(
     "aten.searchsorted.Tensor",
     cases=[
-        case("i:4", "B 3", call=lambda n, b, x: (b.sort().values.to(x), x)),
-        case("B 4", "B 3", call=lambda n, b, x: (b.sort().values, x)),
-        case("B", "3", call=lambda n, b, x: (b.sort().values, x), declines=True),
+        case("s:4", "B 3"),
+        case("s:B 4", "B 3"),
+        case("s:B", "3", declines=True),
     ],
 )
 def searchsorted(call: Call) -> Batching:

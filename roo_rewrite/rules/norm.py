@@ -65,8 +65,8 @@ def group_norm(call: Call) -> Batching:
 @rule(
     "aten.instance_norm.default",
     cases=[
-        case("B 3 4", "3", call=lambda n, x, w: (x, w, w, None, None, True, 0.1, 1e-5, True)),
-        case("B 3 2", "3", "p:3", call=lambda n, x, m, v: (x, m, m, m, v, False, 0.1, 1e-5, True)),
+        case("B 3 4", "3", call=lambda n, x, w: (x, w, w, None, None, True, 0.1, 1e-5, True), empty=False),
+        case("B 3 2", "3", "p:3", call=lambda n, x, m, v: (x, m, m, m, v, False, 0.1, 1e-5, True), empty=False),
         case("2 3 B", "3", call=lambda n, x, w: (x, w, w, None, None, True, 0.1, 1e-5, True), declines=True),
     ],
 )

@@ -22,18 +22,90 @@ _BINARY_CASES = [
 # Pointwise by torch's tag, but not a function of the operands alone, or writing into one of them.
 _NOT_POINTWISE = {"bernoulli", "rrelu_with_noise", "dropout", "native_dropout", "copy", "fill", "_to_copy", "clone"}
 
+# Pointwise, but not by torch's tag; and overloads of such names that are something else.
+_UNTAGGED = {
+    "__and__",
+    "__or__",
+    "__xor__",
+    "absolute",
+    "arccos",
+    "arccosh",
+    "arcsin",
+    "arcsinh",
+    "arctan",
+    "arctan2",
+    "arctanh",
+    "clip",
+    "conj",
+    "divide",
+    "fix",
+    "float_power",
+    "floor_divide",
+    "greater",
+    "greater_equal",
+    "hardswish",
+    "imag",
+    "isclose",
+    "isreal",
+    "less",
+    "less_equal",
+    "log_sigmoid",
+    "log_sigmoid_forward",
+    "masked_fill",
+    "max",
+    "min",
+    "multiply",
+    "negative",
+    "not_equal",
+    "polar",
+    "positive",
+    "real",
+    "resolve_conj",
+    "resolve_neg",
+    "rsub",
+    "special_digamma",
+    "special_erf",
+    "special_erfc",
+    "special_erfinv",
+    "special_exp2",
+    "special_expit",
+    "special_expm1",
+    "special_gammainc",
+    "special_gammaincc",
+    "special_gammaln",
+    "special_i0",
+    "special_log1p",
+    "special_logit",
+    "special_ndtr",
+    "special_psi",
+    "special_round",
+    "special_sinc",
+    "special_xlogy",
+    "square",
+    "subtract",
+    "true_divide",
+    "where",
+}
+_OTHERWISE = {"max", "max.dim", "min", "min.dim", "where", "max.names_dim", "min.names_dim"}
+
 
 def _tagged() -> list[OpOverload]:
-    """Every functional ATen op that torch itself tags pointwise."""
+    """Every functional ATen op that torch itself tags pointwise, or that is another name or kind of one."""
     found = []
-    for name in dir(torch.ops.aten):
-        packet = getattr(torch.ops.aten, name)
-        for overload in list(packet) if isinstance(packet, torch._ops.OpOverloadPacket) else ():
-            op = getattr(packet, overload)
-            functional = not op._schema.is_mutable and overload != "out" and "out" not in overload.split("_")
-            random = torch.Tag.nondeterministic_seeded in op.tags
-            if torch.Tag.pointwise in op.tags and functional and not random and name not in _NOT_POINTWISE:
-                found.append(op)
+    for full in sorted(torch._C._dispatch_get_all_op_names()):
+        name, _, overload = full.removeprefix("aten::").partition(".")
+        if (
+            not full.startswith("aten::")
+            or name in _NOT_POINTWISE
+            or full.removeprefix("aten::") in _OTHERWISE
+            or "out" in overload.split("_")
+        ):
+            continue
+        op = getattr(getattr(torch.ops.aten, name), overload or "default")
+        functional = not op._schema.is_mutable and all(str(r.type) == "Tensor" for r in op._schema.returns)
+        random = torch.Tag.nondeterministic_seeded in op.tags
+        if functional and not random and (torch.Tag.pointwise in op.tags or name in _UNTAGGED):
+            found.append(op)
     return found
 
 
@@ -47,6 +119,26 @@ _CALLS = {
     "aten.addcdiv.default": [case("B 3", "3", "p:B 1")],
     "aten.lerp.Tensor": [case("B 3", "B 3", "B 1")],
     "aten.lerp.Scalar": [case("B 3", "B 3", call=lambda n, x, y: (x, y, 0.25))],
+    "aten.imag.default": [case("c:B 3")],
+    "aten.clamp.default": [case("B 3", call=lambda n, x: (x, -1, 2))],
+    "aten.clip.default": [case("B 3", call=lambda n, x: (x, None, 2))],
+    "aten.clamp.Tensor": [case("B 3", "3", call=lambda n, x, low: (x, low))],
+    "aten.clip.Tensor": [case("B 3", "B 1", call=lambda n, x, high: (x, None, high))],
+    "aten.masked_fill.Scalar": [
+        case("B 3", "b:B 1", call=lambda n, x, m: (x, m, 5.0)),
+        case("2 B", "b:B", call=lambda n, x, m: (x, m, 5.0)),
+    ],
+    "aten.masked_fill.Tensor": [case("B 3", "b:B 1", "")],
+    "aten.round.decimals": [case("u:B 3", call=lambda n, x: (x, {"decimals": 1}))],
+    "aten.special_round.default": [case("u:B 3", call=lambda n, x: (x, {"decimals": 1}))],
+    **{
+        f"aten.{name}.{kind}_mode": [case("B 3", *shape, call=call)]
+        for name in ("div", "divide")
+        for kind, shape, call in (
+            ("Tensor", ["p:B 1"], lambda n, x, y: (x, y, {"rounding_mode": "floor"})),
+            ("Scalar", [], lambda n, x: (x, 2, {"rounding_mode": "trunc"})),
+        )
+    },
 }
 
 

@@ -29,8 +29,6 @@ _DIMS_CASES = [
     "aten.amin.default",
     "aten.nansum.default",
     "aten.logsumexp.default",
-    "aten.any.dims",
-    "aten.all.dims",
     "aten.nanmean.default",
     cases=_DIMS_CASES,
 )
@@ -69,6 +67,7 @@ _DIMS_CASES = [
         case("B 3", call=lambda n, x: (x, [0], False), declines=True),
     ],
 )
+@rule("aten.any.dims", "aten.all.dims", cases=_DIMS_CASES[-3:])
 @rule("aten.count_nonzero.default", cases=[case("B 3", call=lambda n, x: (x, 1)), case("B 3", declines=True)])
 @rule("aten.count_nonzero.dim_IntList", cases=[case("2 B 3", call=lambda n, x: (x, [0, 2]))])
 @rule("aten.aminmax.default", cases=[case("B 3", call=lambda n, x: (x, {"dim": 1})), case("B 3", declines=True)])

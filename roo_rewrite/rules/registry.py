@@ -119,20 +119,24 @@ class Case:
     """A way to call the op in the test of the gather law.
 
     shapes: one string a tensor, `"B 3 4"`; `B` is the batch, `B*3` and `3*B` the batch merged with an
-    inner or outer dim; a prefix sets the values drawn: `i:` int64 below 4, `b:` bool, `p:` positive,
-    `u:` in (0, 1), `c:` complex.
+    inner or outer dim, `R` the values of a jagged pair; a prefix sets what is drawn (float64 integers without):
+    `i:` int64 below 4, `b:` bool, `p:` positive, `u:` in (0, 1), `c:` complex, `s:` sorted along the last dim.
+    `#B*2 1` is `2 * arange(B)` laid along dim 0; `lengths`, `offsets` (with the total) and `starts` (without)
+    are those of the jagged pair.
     call: `(n, *tensors) -> args`, or `-> (args, kwargs)` where the last is a dict; n is the batch size.
     declines: the rule must decline here (a negative test), because the law does not hold.
+    empty: False where the op itself cannot run on a batch of no rows.
     """
 
     shapes: tuple[str, ...]
     call: Build
     declines: bool = False
+    empty: bool = True
 
 
-def case(*shapes: str, call: Build | None = None, declines: bool = False) -> Case:
+def case(*shapes: str, call: Build | None = None, declines: bool = False, empty: bool = True) -> Case:
     """A Case; without `call` the tensors are the positional arguments."""
-    return Case(shapes, call or (lambda n, *tensors: tensors), declines)
+    return Case(shapes, call or (lambda n, *tensors: tensors), declines, empty)
 
 
 @dataclass(frozen=True)
@@ -248,6 +252,11 @@ def infer(call: Call) -> Batching:
     found = find(call.name)
     if found is None:
         raise NotRowWise(reason_without_rule(call.name))
+    return apply(found, call)
+
+
+def apply(found: Rule, call: Call) -> Batching:
+    """What the rule says of `call`; on values of a jagged pair, unless it knows them, element by element."""
     for name, value in call.args.items():
         if name not in found.sizes and _has_extent(value):
             raise NotRowWise(f"{name} depends on the batch size")
@@ -272,10 +281,7 @@ def _batched(call: Call) -> bool:
 
 
 def _on_elements(found: Rule, call: Call) -> Batching:
-    """Runs a rule; on values of a jagged pair, element by element.
-
-    Gathering requests gathers elements of their values, and an op that is row-wise in dim 0 commutes with that too.
-    """
+    """Gathering rows gathers elements of jagged values, and an op that is row-wise in dim 0 commutes with that too."""
     ragged = {o.batching: o.shape[0] for o in call.operands() if isinstance(o.batching, Ragged)}
     if not ragged:
         return found.function(call)

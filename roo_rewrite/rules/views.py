@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Replicated, Rows, Several
 from roo_rewrite.rules.families import along, batched, reshaped, shifted, unary, wrap
-from roo_rewrite.rules.registry import Call, Operand, case, rule
+from roo_rewrite.rules.registry import Call, Extent, Operand, case, rule
 
 _SIZES = ("size", "shape", "sizes")
 
@@ -84,13 +85,16 @@ def unsqueeze(call: Call) -> Batching:
 
 @rule(
     "aten.squeeze.dim",
-    "aten.squeeze.dims",
     cases=[
         case("B 1 3", call=lambda n, x: (x, 1)),
         case("1 B 3", call=lambda n, x: (x, 0)),
         case("B 3", call=lambda n, x: (x, 1)),
         case("B 3", call=lambda n, x: (x, 0), declines=True),
     ],
+)
+@rule(
+    "aten.squeeze.dims",
+    cases=[case("B 1 3 1", call=lambda n, x: (x, [1, -1])), case("B 1", call=lambda n, x: (x, [0, 1]), declines=True)],
 )
 def squeeze(call: Call) -> Batching:
     """Drops dims of size 1. Squeezing the batch dim would make a batch of one lose it."""
@@ -147,9 +151,13 @@ def matrix_transpose(call: Call) -> Batching:
 
 @rule(
     "aten.movedim.int",
-    "aten.movedim.intlist",
     "aten.moveaxis.int",
     cases=[case("B 2 3", call=lambda n, x: (x, 0, 2)), case("2 B 3", call=lambda n, x: (x, -1, 0))],
+)
+@rule(
+    "aten.movedim.intlist",
+    "aten.moveaxis.intlist",
+    cases=[case("B 2 3", call=lambda n, x: (x, [0, 2], [1, 0])), case("2 B 3", call=lambda n, x: (x, [-1], [0]))],
 )
 def movedim(call: Call) -> Batching:
     """Some dims go to given places, the others keep their order."""
@@ -201,13 +209,21 @@ def expand_as(call: Call) -> Batching:
 
 @rule(
     "aten.slice.Tensor",
-    "aten.narrow.default",
-    sizes=("end", "length"),
+    sizes=("end",),
     cases=[
         case("B 4", call=lambda n, x: (x, 1, 1, 3)),
         case("B 4", call=lambda n, x: (x, 0, 0, 2**63 - 1)),
         case("B 4", call=lambda n, x: (x, 0, 0, n)),
         case("B 4", call=lambda n, x: (x, 0, 1, 2**63 - 1), declines=True),
+    ],
+)
+@rule(
+    "aten.narrow.default",
+    sizes=("length",),
+    cases=[
+        case("B 4", call=lambda n, x: (x, 1, 1, 3)),
+        case("B 4", call=lambda n, x: (x, 0, 0, n)),
+        case("B 4", call=lambda n, x: (x, 0, 0, 2), declines=True),
     ],
 )
 def slice_(call: Call) -> Batching:
@@ -275,19 +291,22 @@ def unbind(call: Call) -> Batching:
         case("B 3", call=lambda n, x: (x, [1, 2])),
         case("B 3", call=lambda n, x: (x, [2, 1, 1])),
         case("1 3", call=lambda n, x: (x, [n, 2])),
-        case("B 3", call=lambda n, x: (x, [2, 1]), declines=True),
+        case("B 3", call=lambda n, x: (x, [2, 1])),
+        case("B*2 3", call=lambda n, x: (x, [3, 1])),
+        case("B", call=lambda n, x: (x, [n]), declines=True),
     ],
 )
 def repeat(call: Call) -> Batching:
-    """Whole copies along dims; of the batch dim none."""
+    """Whole copies along dims; of the batch dim they are an outer dim of the merged one."""
     x, repeats = _x(call), list(call["repeats"])
     new = len(repeats) - x.ndim
     if x.rows is None:
         grown = [i for i, r in enumerate(repeats) if r % call.batch == 0 and r and (i < new or x.shape[i - new] == 1)]
         return Rows(grown[0], inner=repeats[grown[0]] // call.batch) if len(grown) == 1 else Replicated()
-    if repeats[x.rows.dim + new] != 1:
-        raise NotRowWise("repeats the whole batch")
-    return shifted(x.rows, new)
+    if any(isinstance(r, Extent) for r in repeats):
+        raise NotRowWise("repeats the batch as often as it has rows")
+    rows = shifted(x.rows, new)
+    return replace(rows, outer=rows.outer * repeats[rows.dim])
 
 
 @rule(
@@ -313,15 +332,16 @@ def repeat_interleave(call: Call) -> Batching:
 
 @rule(
     "aten.flip.default",
-    "aten.fliplr.default",
     cases=[
         case("B 3", call=lambda n, x: (x, [1])),
         case("B 3", call=lambda n, x: (x, [0]), declines=True),
     ],
 )
+@rule("aten.fliplr.default", cases=[case("B 3"), case("3 B", declines=True)])
+@rule("aten.flipud.default", cases=[case("3 B"), case("B 3", declines=True)])
 def flip(call: Call) -> Batching:
     """Reverses dims that are not the batch."""
-    return along(call, *call.args.get("dims", [1]), what="reverses the batch")
+    return along(call, *call.args.get("dims", [call.name == "aten.fliplr.default"]), what="reverses the batch")
 
 
 @rule(
