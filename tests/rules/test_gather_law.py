@@ -1,0 +1,111 @@
+"""The one law of rules, over every rule and every case: op(x[idx]) == op(x)[idx]."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+import roo_rewrite.rules  # noqa: F401 - registers the rules
+from roo_rewrite.errors import NotRowWise
+from roo_rewrite.facts import Replicated, Rows
+from roo_rewrite.rules import law
+from roo_rewrite.rules.registry import Case, Rule, case, registered
+
+BATCH = 7
+ROWS = st.lists(st.integers(0, BATCH - 1), max_size=9)
+EDGES = ([], [3], [0, 0, 6], [6, 5, 4, 3, 2, 1, 0], [2, 2, 5, 1])
+
+# Ops that torch itself warns of, in some case or on some rows.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+def _rows(rows: list[int]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.long)
+
+
+def _edges(a_case: Case) -> list[torch.Tensor]:
+    return [_rows(r) for r in EDGES if r or a_case.empty]
+
+
+def violation(rule: Rule, a_case: Case, rows: torch.Tensor, batch: int = BATCH) -> str:
+    """How the rule breaks the law on these rows of this case; the empty string where it does not."""
+    trial = law.trial(rule.op, a_case, batch)
+    try:
+        batching = law.predict(rule, trial)
+    except NotRowWise as e:
+        return f"{rule.op} declines {a_case.shapes}: {e}"
+    return law.broken(trial, batching, rows)
+
+
+@pytest.mark.parametrize("op", sorted(registered()))
+def test_every_rule_has_a_case(op: str) -> None:
+    cases = registered()[op].cases
+    assert cases, f"{op} has a rule and no case to test it with"
+
+
+@pytest.mark.parametrize("op", sorted(registered()))
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@given(rows=ROWS)
+@example(rows=[])
+@example(rows=[3])
+@example(rows=[0, 0, 6])
+@example(rows=[6, 5, 4, 3, 2, 1, 0])
+def test_gather_law(op: str, rows: list[int]) -> None:
+    rule = registered()[op]
+    for a_case in rule.cases:
+        if not a_case.declines and (rows or a_case.empty):
+            assert violation(rule, a_case, _rows(rows)) == ""
+
+
+@pytest.mark.parametrize("op", sorted(op for op, rule in registered().items() if any(c.declines for c in rule.cases)))
+def test_a_rule_declines_only_what_breaks_the_law(op: str) -> None:
+    rule = registered()[op]
+    for a_case in rule.cases:
+        if a_case.declines:
+            trial = law.trial(op, a_case, BATCH)
+            with pytest.raises(NotRowWise):
+                law.predict(rule, trial)
+            assert not all(law.row_wise(trial, _edges(a_case))), f"{op} declines {a_case.shapes} for nothing"
+
+
+@pytest.mark.parametrize("op", sorted(registered()))
+@pytest.mark.parametrize("batch", [11, 13])
+def test_the_trace_does_not_matter(op: str, batch: int) -> None:
+    rule = registered()[op]
+    for a_case in rule.cases:
+        if not a_case.declines:
+            want = law.predict(rule, law.trial(op, a_case, BATCH))
+            assert law.predict(rule, law.trial(op, a_case, batch)) == want
+
+
+def _wrong(op: str, answer: Rows | Replicated, *cases: Case) -> Rule:
+    return Rule(op, lambda call: answer, cases)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        _wrong("aten.softmax.int", Rows(0), case("B 3", call=lambda n, x: (x, 0))),
+        _wrong("aten.t.default", Rows(0), case("B 3")),
+        _wrong("aten.sum.default", Replicated(), case("B 3")),
+        _wrong("aten.cumsum.default", Rows(0), case("B 3", call=lambda n, x: (x, 0))),
+        _wrong("aten.view.default", Rows(1, inner=3), case("2 B 3", call=lambda n, x: (x, [2, n * 3][::-1]))),
+        _wrong("aten.cat.default", Rows(0, inner=2), case("B 3", "B 3", call=lambda n, x, y: ([x, y], 0))),
+        _wrong("aten.div.Scalar", Rows(0), case("B 3", call=lambda n, x: (x, int(n)))),
+    ],
+    ids=lambda rule: rule.op,
+)
+def test_a_wrong_rule_is_found(rule: Rule) -> None:
+    assert any(violation(rule, rule.cases[0], rows) for rows in _edges(rule.cases[0]))
+
+
+def test_a_needless_decline_is_found() -> None:
+    trial = law.trial("aten.relu.default", case("B 3"))
+    assert law.row_wise(trial, _edges(case())) == [[Rows(0)]]
+
+
+def test_a_value_that_is_the_same_for_all_rows_is_replicated() -> None:
+    trial = law.trial("aten.new_zeros.default", case("B 3", call=lambda n, x: (x, [4])))
+    assert law.row_wise(trial, _edges(case())) == [[Replicated()]]
