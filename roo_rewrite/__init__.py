@@ -1,5 +1,6 @@
 """roo-rewrite: an impression-level recommender in, an equivalent request-level one out."""
 
+from roo_rewrite.equivalence import verify
 from roo_rewrite.errors import (
     CaptureError,
     DataError,
@@ -10,6 +11,9 @@ from roo_rewrite.errors import (
     SpecError,
 )
 from roo_rewrite.features import FeatureSpec
+from roo_rewrite.module import RequestModel
+from roo_rewrite.pipeline import rewrite
+from roo_rewrite.report import Report
 
 __all__ = [
     "CaptureError",
@@ -18,6 +22,10 @@ __all__ = [
     "EquivalenceError",
     "FeatureSpec",
     "InputError",
+    "Report",
+    "RequestModel",
     "RooError",
     "SpecError",
+    "rewrite",
+    "verify",
 ]

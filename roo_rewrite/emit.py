@@ -107,17 +107,15 @@ def _explicit_autocast(graph: Graph) -> None:
         open_with = wanted
 
 
-def rename_leaves(graph: Graph) -> list[int]:
-    """`roo::leaf` nodes become calls of `_roo.leaf_<site>`; returns the sites used."""
-    sites: list[int] = []
+def rename(graph: Graph, name: str) -> None:
+    """Constants and leaf calls of the trace are found under `_roo.<name>` of the model."""
     for node in list(graph.nodes):
-        if node.target is not torch.ops.roo.leaf.default:
-            continue
-        tensors, site = node.args
-        with graph.inserting_before(node):
-            call = graph.call_module(f"_roo.leaf_{site}", tuple(tensors))
-        call.meta = dict(node.meta)
-        node.replace_all_uses_with(call)
-        graph.erase_node(node)
-        sites.append(site)
-    return sites
+        if node.op == "get_attr" and str(node.target).startswith("_roo."):
+            node.target = f"_roo.{name}.{str(node.target).removeprefix('_roo.')}"
+        if node.target is torch.ops.roo.leaf.default:
+            tensors, site = node.args
+            with graph.inserting_before(node):
+                call = graph.call_module(f"_roo.{name}.leaf_{site}", tuple(tensors))
+            call.meta = dict(node.meta)
+            node.replace_all_uses_with(call)
+            graph.erase_node(node)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from roo_rewrite.capture import Captured
@@ -41,6 +40,10 @@ class Program:
     plan: Any = None
     notes: tuple[str, ...] = ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Program:
+        # Immutable once built, and the graph's traced values cannot be copied.
+        return self
+
     def accepts(self, impressions: int) -> bool:
         """Whether the emitted functions hold for this many impressions."""
         if self.captured is None or impressions in self.small:
@@ -56,9 +59,3 @@ def holder(root: nn.Module, captured: Captured, sites: Sequence[int]) -> nn.Modu
     for site in sites:
         made.add_module(f"leaf_{site}", LeafCall(root, captured.sites[site]))
     return made
-
-
-def no_grad_copy(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Detached copies, so that a run cannot write into the caller's tensors."""
-    with torch.no_grad():
-        return [t.detach().clone() for t in tensors]

@@ -1,0 +1,268 @@
+"""What "equal" means, and verify(): the rewritten model against F(E(U), x) on drawn jagged batches.
+
+Values and gradients are compared in float64, on copies of both models. In lower precision a result is
+judged by its distance to the float64 truth, relative to the original's own distance.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from roo_rewrite.errors import EquivalenceError
+from roo_rewrite.facts import Provenance
+from roo_rewrite.inputs import Inputs
+from roo_rewrite.leaves import frozen_buffers, tensors_of
+from roo_rewrite.ops.broadcast import request_of
+
+if TYPE_CHECKING:
+    from roo_rewrite.module import RequestModel
+    from roo_rewrite.program import Program
+
+_BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A request-level batch as atoms."""
+
+    atoms: list[Tensor]
+    counts: Tensor
+
+    def expanded(self, inputs: Inputs) -> list[Tensor]:
+        """The same batch at impression level."""
+        rows = request_of(self.counts, int(self.counts.sum()))
+        return inputs.select(self.atoms, rows, (Provenance.REQUEST,))
+
+
+def draw_counts(generator: torch.Generator, index: int) -> list[int]:
+    """The counts of drawn batch `index`. The first are the corners, then random jagged ones."""
+    corners = [[2, 0, 3], [1, 1, 1, 1], [5], [0, 0], [], [1], [0, 4, 0], [3, 3]]
+    if index < len(corners):
+        return corners[index]
+    size = int(torch.randint(1, 7, (1,), generator=generator))
+    return torch.randint(0, 6, (size,), generator=generator).tolist()
+
+
+def draw_batch(inputs: Inputs, example: Sequence[Tensor], counts: list[int], generator: torch.Generator) -> Batch:
+    """A batch with these counts whose rows are the example's, in any order; floats are moved a little."""
+    rows = next(r for r in (inputs.rows(example, s) for s in _BOTH) if r is not None)
+    number = torch.tensor(counts, dtype=torch.long)
+    atoms = list(example)
+    for side, size in zip(_BOTH, (len(counts), int(number.sum()))):
+        picks = torch.randint(rows, (size,), generator=generator)
+        atoms = inputs.select(atoms, picks, (side,))
+    return Batch([_moved(t, generator) for t in atoms], number)
+
+
+def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Float entries that are not whole numbers, scaled by up to a tenth; ids and flags stay valid."""
+    if not tensor.is_floating_point() or bool((tensor == tensor.round()).all()):
+        return tensor.detach().clone()
+    factor = 1 + 0.1 * (2 * torch.rand(tensor.shape, generator=generator) - 1)
+    return (tensor.detach() * factor.to(tensor)).clone()
+
+
+# -- inside `rewrite`
+
+
+def mismatch(model: RequestModel, program: Program, example: Sequence[Tensor], statics: Sequence[Any]) -> str | None:
+    """A difference between a fresh program and the original on small batches, in the model's own precision."""
+    generator = torch.Generator().manual_seed(0)
+    for counts in ([2, 0, 3], [4, 1, 2, 0, 3], [6]):
+        if not program.accepts(sum(counts)):
+            continue
+        batch = draw_batch(model._inputs, example, counts, generator)
+        found = _differ(model, program, batch, statics)
+        if found is not None:
+            return f"{found}, num_impressions={counts}"
+    return None
+
+
+def differs_small(
+    model: RequestModel, program: Program, example: Sequence[Tensor], statics: Sequence[Any]
+) -> frozenset[int]:
+    """Row counts the trace never sees (0, 1) at which the original runs and gives something else."""
+    generator = torch.Generator().manual_seed(1)
+    bad = set()
+    for rows in (0, 1):
+        batch = draw_batch(model._inputs, example, [rows], generator)
+        if _differ(model, program, batch, statics, loose=True) is not None:
+            bad.add(rows)
+    return frozenset(bad)
+
+
+def _differ(
+    model: RequestModel, program: Program, batch: Batch, statics: Sequence[Any], loose: bool = False
+) -> str | None:
+    """What differs between program and original on `batch`; loose: where the original fails, nothing does."""
+    assert program.emitted is not None
+    args, kwargs = model._inputs.unflatten(batch.expanded(model._inputs), Provenance.IMPRESSION, statics)
+    with torch.no_grad(), frozen_buffers(model._original), torch.random.fork_rng(devices=[]):
+        try:
+            torch.manual_seed(0)
+            expected = tensors_of(model._original(*args, **kwargs))
+        except Exception as e:
+            return None if loose else f"the original fails on a batch: {type(e).__name__}: {e}"
+    with torch.no_grad(), frozen_buffers(model._original), torch.random.fork_rng(devices=[]):
+        try:
+            torch.manual_seed(0)
+            found = [t for t in program.emitted.whole(model, *batch.atoms, batch.counts) if isinstance(t, Tensor)]
+        except Exception as e:
+            return f"the rewritten model fails: {type(e).__name__}: {e}"
+    return compare(found, expected, reshape=loose)
+
+
+def compare(found: Sequence[Tensor], expected: Sequence[Tensor], reshape: bool = False) -> str | None:
+    """The first output that differs beyond rounding, in words."""
+    if len(found) != len(expected):
+        return f"{len(found)} outputs instead of {len(expected)}"
+    for i, (got, want) in enumerate(zip(found, expected)):
+        if reshape and got.numel() == want.numel():
+            want = want.reshape(got.shape)
+        if got.shape != want.shape or got.dtype != want.dtype:
+            return f"output {i} is {got.dtype} {list(got.shape)} instead of {want.dtype} {list(want.shape)}"
+        error = distance(got, want)
+        if error > tolerance(want.dtype):
+            return f"output {i} is off by {error:.2e} of its scale"
+    return None
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """How far two ways to compute the same may lie apart, relative to the largest entry."""
+    return {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}.get(dtype, 0.0)
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """The largest difference relative to the scale of `want`; entries that are not finite must agree."""
+    if not want.numel():
+        return 0.0
+    if not want.is_floating_point() and not want.is_complex():
+        return 0.0 if torch.equal(got, want) else float("inf")
+    finite = torch.isfinite(want)
+    if not torch.equal(torch.isfinite(got), finite):
+        return float("inf")
+    if not torch.equal(torch.nan_to_num(got[~finite], 7.0), torch.nan_to_num(want[~finite], 7.0)):
+        return float("inf")
+    if not bool(finite.any()):
+        return 0.0
+    gap = (got[finite] - want[finite]).abs().max()
+    return float(gap / want[finite].abs().max().clamp_min(1e-6))
+
+
+# -- verify
+
+
+def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, seed: int = 0) -> None:
+    """Holds the rewritten model against the original on drawn batches; raises EquivalenceError if they differ.
+
+    Values, and gradients of every parameter and float input, in float64. The batches always include
+    requests without impressions, one impression each, one request with all, and an empty batch. The
+    smallest failing batch found is reported. The models themselves are not changed.
+    """
+    truth = copy.deepcopy(original).double()
+    other = copy.deepcopy(rewritten).double()
+    truth.train(rewritten.training)
+    inputs = rewritten._inputs
+    example = [t.double() if t.is_floating_point() else t for t in rewritten._example[0]]
+    for index in range(batches):
+        counts = draw_counts(torch.Generator().manual_seed(seed + index), index)
+        problem = check_once(truth, other, inputs, example, counts, seed + index)
+        if problem is not None:
+            raise _shrunk(truth, other, inputs, example, counts, seed + index, problem)
+
+
+def _shrunk(
+    truth: nn.Module,
+    other: RequestModel,
+    inputs: Inputs,
+    example: list[Tensor],
+    counts: list[int],
+    seed: int,
+    problem: str,
+) -> EquivalenceError:
+    """The smallest batch near the failing one that fails too."""
+    smaller = True
+    while smaller:
+        smaller = False
+        for candidate in _smaller(counts):
+            found = check_once(truth, other, inputs, example, candidate, seed)
+            if found is not None:
+                counts, problem, smaller = candidate, found, True
+                break
+    return EquivalenceError(
+        f"the rewritten model differs from the original: {problem}\n"
+        f"num_impressions = {counts} (seed {seed}); run verify(..., batches=1, seed={seed}) again, or look at "
+        "model.report and model.code for what was moved",
+        num_impressions=counts,
+        where=problem,
+        seed=seed,
+    )
+
+
+def _smaller(counts: list[int]) -> Iterator[list[int]]:
+    for i in range(len(counts)):
+        yield counts[:i] + counts[i + 1 :]
+    for i, count in enumerate(counts):
+        for less in {0, count // 2, count - 1}:
+            if 0 <= less < count:
+                yield [*counts[:i], less, *counts[i + 1 :]]
+
+
+def check_once(
+    truth: nn.Module, other: RequestModel, inputs: Inputs, example: list[Tensor], counts: list[int], seed: int
+) -> str | None:
+    """What differs on one drawn batch: an output or a gradient, in words; None where nothing does."""
+    batch = draw_batch(inputs, example, counts, torch.Generator().manual_seed(seed))
+    statics = other._example[1]
+    for t in batch.atoms:
+        t.requires_grad_(t.is_floating_point())
+    try:
+        args, kwargs = inputs.unflatten(batch.expanded(inputs), Provenance.IMPRESSION, statics)
+        expected, want = _run(truth, batch.atoms, seed, lambda: truth(*args, **kwargs))
+    except Exception:  # the original itself cannot take such a batch (an empty one, say)
+        return None
+    try:
+        args, kwargs = inputs.unflatten(batch.atoms, Provenance.REQUEST, statics)
+        found, got = _run(other, batch.atoms, seed, lambda: other(*args, num_impressions=batch.counts, **kwargs))
+    except Exception as e:
+        return f"it fails where the original does not: {type(e).__name__}: {e}"
+    problem = compare(found, expected, reshape=sum(counts) <= 1)
+    if problem is not None:
+        return problem
+    names = [n for n, _ in truth.named_parameters()] + [a.name for a in inputs.atoms]
+    for name, a, b in zip(names, got, want, strict=True):
+        if (a is None) != (b is None) and not _zero(a if b is None else b):
+            return f"the gradient of {name!r} is {'missing' if a is None else 'there'}, unlike the original's"
+        if a is not None and b is not None and distance(_dense(a), _dense(b)) > 1e-7:
+            return f"the gradient of {name!r} is off by {distance(_dense(a), _dense(b)):.2e} of its scale"
+    return None
+
+
+def _dense(grad: Tensor) -> Tensor:
+    return grad.to_dense() if grad.layout != torch.strided else grad
+
+
+def _zero(grad: Tensor | None) -> bool:
+    return grad is None or not bool(_dense(grad).any())
+
+
+def _run(module: nn.Module, atoms: list[Tensor], seed: int, call: Any) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Outputs of a call, and the gradients of a weighted sum of them."""
+    with torch.random.fork_rng(devices=[]), frozen_buffers(module):
+        torch.manual_seed(seed)
+        outputs = tensors_of(call())
+        floats = [t for t in outputs if t.requires_grad]
+        wanted = [*module.parameters(), *atoms]
+        asking = [t for t in wanted if t.requires_grad]
+        if not floats or not asking:
+            return [t.detach() for t in outputs], [None] * len(wanted)
+        generator = torch.Generator().manual_seed(seed)
+        loss = sum((t * torch.rand(t.shape, generator=generator, dtype=t.dtype)).sum() for t in floats)
+        grads = iter(torch.autograd.grad(loss, asking, allow_unused=True))  # type: ignore[arg-type]
+        return [t.detach() for t in outputs], [next(grads) if t.requires_grad else None for t in wanted]

@@ -1,0 +1,161 @@
+"""rewrite(): the passes in order. Read this first.
+
+    capture    model -> graph over ATen, batch symbolic
+    normalize  one way to say each thing
+    annotate   provenance and batching on every node
+    partition  where to broadcast
+    hoist      request nodes first, one broadcast for each value that crosses
+    lower      one implementation of each jagged operator
+    emit       graph -> functions of a RequestModel
+
+What cannot be captured or fails its check runs as F(E(U), x): the original on broadcast inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import passes.annotate
+import passes.hoist
+import passes.lower
+import passes.normalize
+import passes.partition
+from roo_rewrite.capture import Captured, capture
+from roo_rewrite.emit import emit, rename
+from roo_rewrite.equivalence import differs_small, mismatch
+from roo_rewrite.errors import CaptureError, EquivalenceError, SpecError
+from roo_rewrite.facts import Provenance
+from roo_rewrite.features import FeatureSpec
+from roo_rewrite.inputs import Inputs, bind_inputs
+from roo_rewrite.leaves import default_leaves
+from roo_rewrite.module import RequestModel
+from roo_rewrite.program import Program, holder
+
+DEFAULT_FANOUT = 16.0
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to rewrite; see `rewrite`."""
+
+    fanout: float
+    dropout: str
+    leaves: tuple[str, ...]
+    check: bool
+
+
+def rewrite(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    spec: FeatureSpec,
+    fanout: float | None = None,
+    dropout: Literal["per_impression", "per_request"] = "per_impression",
+    leaves: Sequence[str] = (),
+    check: bool = False,
+) -> RequestModel:
+    """An equivalent request-level model, sharing the parameters of `model`.
+
+    args, kwargs: one impression-level example, all tensors with the same number of rows.
+    spec: which inputs are request-level. fanout: impressions a request, a hint (default 16).
+    dropout: "per_request" lets the impressions of a request share one mask.
+    leaves: paths of submodules to call as they are; naming one also declares it row-wise.
+    check: verify after every pass, and raise EquivalenceError instead of falling back.
+
+    Raises SpecError, CaptureError (the model cannot be run on the example), EquivalenceError (check).
+    """
+    if isinstance(args, Tensor):
+        args = (args,)
+    kwargs = dict(kwargs or {})
+    inputs = bind_inputs(model.forward, args, kwargs, spec)
+    atoms, statics = inputs.flatten(args, kwargs, Provenance.IMPRESSION)
+    options = Options(_fanout(fanout), _dropout(dropout), _paths(model, leaves), check)
+    _runs(model, args, kwargs)
+    return RequestModel(model, inputs, atoms, statics, builder(options))
+
+
+def _fanout(fanout: float | None) -> float:
+    value = DEFAULT_FANOUT if fanout is None else float(fanout)
+    if not value >= 1:
+        raise SpecError(f"fanout is impressions a request, 1 or more; got {fanout!r}")
+    return value
+
+
+def _dropout(dropout: str) -> str:
+    if dropout not in ("per_impression", "per_request"):
+        raise SpecError(f"dropout must be 'per_impression' or 'per_request', got {dropout!r}")
+    return dropout
+
+
+def _paths(model: nn.Module, leaves: Sequence[str]) -> tuple[str, ...]:
+    known = dict(model.named_modules())
+    unknown = [p for p in leaves if p not in known or not p]
+    if unknown:
+        raise SpecError(f"leaves {unknown} name no submodule; the submodules are {[p for p in known if p]}")
+    return tuple(leaves)
+
+
+def _runs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """The example must run before anything else is said about the model."""
+    from roo_rewrite.leaves import frozen_buffers
+
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model):
+            model(*args, **kwargs)
+    except Exception as e:
+        raise CaptureError(f"the model cannot be called with the example: {type(e).__name__}: {e}") from e
+
+
+def builder(options: Options) -> Callable[[RequestModel, Sequence[Tensor], Sequence[Any], str], Program]:
+    """What builds the program of a RequestModel for one mode and kind of input."""
+
+    def build(model: RequestModel, example: Sequence[Tensor], statics: Sequence[Any], name: str) -> Program:
+        try:
+            return _build(options, model, example, statics, name)
+        except EquivalenceError:
+            raise
+        except CaptureError as e:
+            return Program(None, None, notes=(str(e),))
+
+    return build
+
+
+def _build(
+    options: Options, model: RequestModel, example: Sequence[Tensor], statics: Sequence[Any], name: str
+) -> Program:
+    original, inputs = model._original, model._inputs
+    leaves = [*options.leaves, *(p for p in default_leaves(original) if p not in options.leaves)]
+    captured = capture(original, inputs, example, statics, leaves)
+    passes.normalize.normalize(captured)
+    policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
+    program = _compile(captured, inputs, original, policy, options, name)
+    model._roo.add_module(name, holder(model, captured, program_sites(captured)))
+    found = mismatch(model, program, example, statics)
+    if found is not None:
+        if options.check:
+            raise EquivalenceError(f"the rewritten model differs from the original: {found}", where=found)
+        return Program(None, None, notes=(f"the rewritten model failed its check and is not used: {found}",))
+    small = differs_small(model, program, example, statics)
+    return Program(captured, program.emitted, small, program.plan, tuple(captured.notes))
+
+
+def _compile(
+    captured: Captured, inputs: Inputs, original: nn.Module, policy: passes.annotate.Policy, options: Options, name: str
+) -> Program:
+    passes.annotate.annotate(captured, inputs, original, policy)
+    plan = passes.partition.partition(captured, options.fanout)
+    graph = passes.hoist.hoist(captured, inputs, plan)
+    passes.lower.lower(graph)
+    rename(graph, name)
+    return Program(captured, emit(graph), plan=plan)
+
+
+def program_sites(captured: Captured) -> list[int]:
+    """Indices of the leaf call sites of a capture."""
+    return list(range(len(captured.sites)))
