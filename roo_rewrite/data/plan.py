@@ -53,17 +53,14 @@ def quoted(name: str) -> str:
 
 def duck_ordinals(source: Source, columns: Columns, work: Path, memory: int, threads: int | None) -> Iterator[Any]:
     """(positions, ordinals) in batches, by DuckDB within `memory` bytes."""
-    settings: dict[str, Any] = {"memory_limit": f"{max(memory >> 20, 64)}MiB", "temp_directory": str(work / "spill")}
-    if threads:
-        settings["threads"] = threads
-    with duckdb.connect(config=settings) as con:
+    with duckdb.connect(config=duck_settings(work, memory, threads)) as con:
         con.execute("SET preserve_insertion_order = false")
         starts = pa.table({"name": list(source.files), "start": pa.array(source.file_starts(), pa.int64())})
         con.register("roo_files", starts)
         selected = ", ".join(f"f.{quoted(c)} AS {k}" for k, c in key_columns(columns).items())
         con.execute(
             f"CREATE TEMP VIEW roo_keys AS SELECT s.start + f.file_row_number AS pos, {selected} "
-            f"FROM read_parquet({_texts(source.files)}, filename = true, file_row_number = true) f "
+            f"FROM read_parquet({texts(source.files)}, filename = true, file_row_number = true) f "
             "JOIN roo_files s ON s.name = f.filename"
         )
         try:
@@ -74,7 +71,14 @@ def duck_ordinals(source: Source, columns: Columns, work: Path, memory: int, thr
             raise DataError(f"DuckDB could not group the requests: {e}") from e
 
 
-def _texts(names: tuple[str, ...]) -> str:
+def duck_settings(work: Path, memory: int, threads: int | None = None) -> dict[str, Any]:
+    """DuckDB within `memory` bytes, spilling into `work`."""
+    settings: dict[str, Any] = {"memory_limit": f"{max(memory >> 20, 64)}MiB", "temp_directory": str(work / "spill")}
+    return settings | ({"threads": threads} if threads else {})
+
+
+def texts(names: tuple[str, ...]) -> str:
+    """An SQL list of strings."""
     return "[" + ", ".join("'" + n.replace("'", "''") + "'" for n in names) + "]"
 
 
