@@ -67,10 +67,10 @@ class Drawn:
 def draw(shape: str, lengths: Tensor, generator: torch.Generator) -> Drawn:
     """The tensor a case asks for, for a batch of `len(lengths)` rows."""
     batch = len(lengths)
-    if shape in ("lengths", "offsets", "starts"):
-        if shape == "lengths":
-            return Drawn(lengths, Lengths(lengths=PAIR))
-        kind = Offsets(PAIR, last=shape == "offsets")
+    if shape == "lengths":
+        return Drawn(lengths, Lengths(lengths=PAIR))
+    if shape in ("offsets", "starts", "ends"):
+        kind = Offsets(PAIR, first=shape != "ends", last=shape != "starts")
         return Drawn(gather(lengths, kind, torch.arange(batch), lengths), kind)
     prefix, _, dims = shape.rpartition(":")
     batching: Batching = Replicated()

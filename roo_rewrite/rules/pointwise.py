@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch._ops import OpOverload
 
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching
+from roo_rewrite.facts import Batching, Lengths, Offsets, Ragged, Replicated, RowIndex
 from roo_rewrite.rules.families import batched, broadcasting, unary
-from roo_rewrite.rules.registry import Call, Case, case, no_rule, rule
+from roo_rewrite.rules.registry import Call, Case, Operand, case, no_rule, rule
+
+_ANY = (RowIndex, Lengths, Offsets, Ragged)
 
 _UNARY_CASES = [case("B 3"), case("3 B"), case("B*2 3")]
 _BINARY_CASES = [
@@ -86,7 +90,7 @@ _UNTAGGED = {
     "true_divide",
     "where",
 }
-_OTHERWISE = {"max", "max.dim", "min", "min.dim", "where", "max.names_dim", "min.names_dim"}
+_OTHERWISE = {"mul.Tensor", "sub.Tensor", "max", "max.dim", "min", "min.dim", "where", "max.names_dim", "min.names_dim"}
 
 
 def _tagged() -> list[OpOverload]:
@@ -176,19 +180,61 @@ _register()
     "aten.alias.default",
     "aten.detach.default",
     "aten.lift_fresh_copy.default",
-    cases=_UNARY_CASES,
+    "aten.lift_fresh.default",
+    special=_ANY,
+    cases=[*_UNARY_CASES, case("#B"), case("lengths"), case("offsets"), case("R 2")],
 )
-def same_shape(call: Call) -> Batching:
-    """The operand again, in another place or with other contents of the same shape."""
+@rule(
+    "aten.to.dtype",
+    special=_ANY,
+    cases=[
+        case("B 3", call=lambda n, x: (x, torch.int64)),
+        case("ends", call=lambda n, x: (x, torch.int32)),
+        case("#B", call=lambda n, x: (x, torch.bool), declines=True),
+    ],
+)
+@rule("aten.to.dtype_layout", special=_ANY, cases=[case("B 3", call=lambda n, x: (x, {"dtype": torch.int64}))])
+@rule("aten.to.device", special=_ANY, cases=[case("B 3", call=lambda n, x: (x, torch.device("cpu"), torch.float32))])
+def same(call: Call) -> Batching:
+    """The operand again, in another place or dtype."""
+    kind = next(iter(call.operands())).batching
+    if call.args.get("dtype") in (None, torch.int64, torch.int32) or isinstance(kind, (Ragged, Replicated)):
+        return kind
     return unary(call)
 
 
-rule("aten.to.dtype", cases=[case("B 3", call=lambda n, x: (x, torch.int64))])(unary)
-rule("aten.to.dtype_layout", cases=[case("B 3", call=lambda n, x: (x, {"dtype": torch.int64}))])(unary)
-rule("aten.to.device", cases=[case("B 3", call=lambda n, x: (x, torch.device("cpu"), torch.float32))])(unary)
-rule("aten.to.other", "aten.type_as.default", cases=[case("B 3", "i:2")])(
-    lambda call: batched(call.operand("self").rows)
+@rule("aten.to.other", "aten.type_as.default", cases=[case("B 3", "i:2")])
+def like_other(call: Call) -> Batching:
+    """The operand in the dtype of another, whose batch does not matter."""
+    return batched(call.operand("self").rows)
+
+
+@rule(
+    "aten.sub.Tensor",
+    special=(Offsets,),
+    cases=[*_BINARY_CASES, case("ends", "starts"), case("R 2", "2"), case("R 2", "R 1")],
 )
+def sub(call: Call) -> Batching:
+    """A difference; that of ends and starts is the lengths."""
+    x, y = call["self"], call["other"]
+    if isinstance(x, Operand) and isinstance(x.batching, Offsets) and isinstance(y, Operand):
+        both = Offsets(x.batching.lengths, first=False), Offsets(x.batching.lengths, last=False)
+        if (x.batching, y.batching) == both and call["alpha"] == 1:
+            return Lengths(lengths=x.batching.lengths)
+    return broadcasting(call)
+
+
+@rule(
+    "aten.mul.Tensor",
+    special=(RowIndex,),
+    cases=[*_BINARY_CASES, case("#B", call=lambda n, x: (x, 3))],
+)
+def mul(call: Call) -> Batching:
+    """A product; that of the row numbers with an integer is every so many numbers."""
+    x, y = call["self"], call["other"]
+    if isinstance(x, Operand) and isinstance(x.batching, RowIndex) and isinstance(y, int) and y > 0:
+        return replace(x.batching, step=x.batching.step * y)
+    return broadcasting(call)
 
 
 @rule(

@@ -121,8 +121,8 @@ class Case:
     shapes: one string a tensor, `"B 3 4"`; `B` is the batch, `B*3` and `3*B` the batch merged with an
     inner or outer dim, `R` the values of a jagged pair; a prefix sets what is drawn (float64 integers without):
     `i:` int64 below 4, `b:` bool, `p:` positive, `u:` in (0, 1), `c:` complex, `s:` sorted along the last dim.
-    `#B*2 1` is `2 * arange(B)` laid along dim 0; `lengths`, `offsets` (with the total) and `starts` (without)
-    are those of the jagged pair.
+    `#B*2 1` is `2 * arange(B)` laid along dim 0; `lengths`, `offsets`, `starts` (without
+    the total) and `ends` (without the first 0) are those of the jagged pair.
     call: `(n, *tensors) -> args`, or `-> (args, kwargs)` where the last is a dict; n is the batch size.
     declines: the rule must decline here (a negative test), because the law does not hold.
     empty: False where the op itself cannot run on a batch of no rows.
@@ -141,14 +141,19 @@ def case(*shapes: str, call: Build | None = None, declines: bool = False, empty:
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule. `sizes` names the arguments that may depend on the batch size;
-    `special` lists batchings other than Rows and Replicated that its operands may have."""
+    """A registered rule.
+
+    sizes: the arguments that may depend on the batch size.
+    special: batchings other than Rows and Replicated that its operands may have.
+    places: the op only places the entries of its first operand, so that row numbers and lengths stay what they are.
+    """
 
     op: str
     function: RuleFunction
     cases: tuple[Case, ...]
     sizes: frozenset[str] = frozenset()
     special: tuple[type[Batching], ...] = ()
+    places: bool = False
 
 
 @dataclass
@@ -166,13 +171,14 @@ def rule(
     cases: Sequence[Case],
     sizes: Sequence[str] = (),
     special: tuple[type[Batching], ...] = (),
+    places: bool = False,
 ) -> Callable[[RuleFunction], RuleFunction]:
     """Registers a function as the rule of `ops` (`"aten.softmax.int"`). A second rule for an op is an error."""
 
     def register(function: RuleFunction) -> RuleFunction:
         for op in ops:
             _once(op)
-            _REGISTRY.rules[op] = Rule(op, function, tuple(cases), frozenset(sizes), special)
+            _REGISTRY.rules[op] = Rule(op, function, tuple(cases), frozenset(sizes), special, places)
         return function
 
     return register
@@ -260,9 +266,31 @@ def apply(found: Rule, call: Call) -> Batching:
     for name, value in call.args.items():
         if name not in found.sizes and _has_extent(value):
             raise NotRowWise(f"{name} depends on the batch size")
+    if found.places and isinstance(_first(call).batching, (RowIndex, Lengths)):
+        return _placed(found, call)
     if Ragged not in found.special:
         return _on_elements(found, call)
     return found.function(call)
+
+
+def _first(call: Call) -> Operand:
+    return call.operands()[0]
+
+
+def _placed(found: Rule, call: Call) -> Batching:
+    """Runs a rule on row numbers or lengths as on rows; they stay what they are with one entry a row."""
+    x = _first(call)
+    rows = x.batching if isinstance(x.batching, RowIndex) else Rows(0)
+    name = next(iter(call.args))
+    result = found.function(replace(call, args={**call.args, name: replace(x, batching=Rows(rows.dim))}))
+    if isinstance(result, Rows) and result == Rows(result.dim):
+        if isinstance(x.batching, RowIndex):
+            return replace(x.batching, dim=result.dim)
+        if len(call.out[0]) == 1:
+            return x.batching
+    if isinstance(x.batching, RowIndex):
+        raise NotRowWise("the row numbers arange(B) leave their dim")
+    return result
 
 
 def _constant(call: Call) -> Batching:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
+from functools import partial
 
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Replicated, Rows, Several
-from roo_rewrite.rules.families import along, batched, reshaped, shifted, unary, wrap
+from roo_rewrite.rules.families import along, batched, each, reshaped, shifted, unary, wrap
 from roo_rewrite.rules.registry import Call, Extent, Operand, case, rule
 
 _SIZES = ("size", "shape", "sizes")
+_view = partial(rule, places=True)
 
 
 def _x(call: Call) -> Operand:
     return call.operand("self")
 
 
-@rule(
+@_view(
     "aten.view.default",
     "aten.reshape.default",
     "aten._unsafe_view.default",
@@ -40,13 +43,13 @@ def reshape(call: Call) -> Batching:
     return reshaped(_x(call), call.out[0], call.batch)
 
 
-@rule("aten.view_as.default", "aten.reshape_as.default", cases=[case("B 6", "B 2 3")])
+@_view("aten.view_as.default", "aten.reshape_as.default", cases=[case("B 6", "B 2 3")])
 def view_as(call: Call) -> Batching:
     """Row-major renumbering to the shape of `other`, whose batch size is the same."""
     return reshaped(_x(call), call.out[0], call.batch)
 
 
-@rule(
+@_view(
     "aten.flatten.using_ints",
     cases=[
         case("B 2 3", call=lambda n, x: (x, 1, -1)),
@@ -54,7 +57,7 @@ def view_as(call: Call) -> Batching:
         case("2 B 3", call=lambda n, x: (x, 0, 1)),
     ],
 )
-@rule(
+@_view(
     "aten.unflatten.int",
     sizes=("sizes",),
     cases=[
@@ -68,7 +71,7 @@ def flatten(call: Call) -> Batching:
     return reshaped(_x(call), call.out[0], call.batch)
 
 
-@rule(
+@_view(
     "aten.unsqueeze.default",
     cases=[
         case("B 3", call=lambda n, x: (x, 0)),
@@ -83,7 +86,7 @@ def unsqueeze(call: Call) -> Batching:
     return Replicated() if rows is None else shifted(rows, int(at <= rows.dim))
 
 
-@rule(
+@_view(
     "aten.squeeze.dim",
     cases=[
         case("B 1 3", call=lambda n, x: (x, 1)),
@@ -92,7 +95,7 @@ def unsqueeze(call: Call) -> Batching:
         case("B 3", call=lambda n, x: (x, 0), declines=True),
     ],
 )
-@rule(
+@_view(
     "aten.squeeze.dims",
     cases=[case("B 1 3 1", call=lambda n, x: (x, [1, -1])), case("B 1", call=lambda n, x: (x, [0, 1]), declines=True)],
 )
@@ -115,13 +118,13 @@ def _permuted(x: Operand, order: list[int]) -> Batching:
     return Replicated() if rows is None else Rows(dims.index(rows.dim), rows.outer, rows.inner)
 
 
-@rule("aten.permute.default", cases=[case("B 2 3", call=lambda n, x: (x, [2, 0, 1]))])
+@_view("aten.permute.default", cases=[case("B 2 3", call=lambda n, x: (x, [2, 0, 1]))])
 def permute(call: Call) -> Batching:
     """Dims in another order."""
     return _permuted(_x(call), list(call["dims"]))
 
 
-@rule(
+@_view(
     "aten.transpose.int",
     "aten.swapaxes.default",
     "aten.swapdims.default",
@@ -136,25 +139,25 @@ def transpose(call: Call) -> Batching:
     return _permuted(x, order)
 
 
-@rule("aten.t.default", "aten.numpy_T.default", cases=[case("B 3"), case("3 B")])
+@_view("aten.t.default", "aten.numpy_T.default", cases=[case("B 3"), case("3 B")])
 def reverse_dims(call: Call) -> Batching:
     """All dims in reverse order."""
     return _permuted(_x(call), list(reversed(range(_x(call).ndim))))
 
 
-@rule("aten.mT.default", "aten.adjoint.default", cases=[case("B 2 3"), case("2 B 3")])
+@_view("aten.mT.default", "aten.adjoint.default", cases=[case("B 2 3"), case("2 B 3")])
 def matrix_transpose(call: Call) -> Batching:
     """The last two dims change places."""
     n = _x(call).ndim
     return _permuted(_x(call), [*range(n - 2), n - 1, n - 2])
 
 
-@rule(
+@_view(
     "aten.movedim.int",
     "aten.moveaxis.int",
     cases=[case("B 2 3", call=lambda n, x: (x, 0, 2)), case("2 B 3", call=lambda n, x: (x, -1, 0))],
 )
-@rule(
+@_view(
     "aten.movedim.intlist",
     "aten.moveaxis.intlist",
     cases=[case("B 2 3", call=lambda n, x: (x, [0, 2], [1, 0])), case("2 B 3", call=lambda n, x: (x, [-1], [0]))],
@@ -168,7 +171,7 @@ def movedim(call: Call) -> Batching:
     return _permuted(x, [source[target.index(i)] if i in target else next(rest) for i in range(x.ndim)])
 
 
-@rule(
+@_view(
     "aten.expand.default",
     sizes=_SIZES,
     cases=[
@@ -182,57 +185,72 @@ def movedim(call: Call) -> Batching:
 )
 def expand(call: Call) -> Batching:
     """Repeats dims of size 1; a value without a batch may be repeated for every row."""
-    return expanded(call, _x(call), call.out[0], [s == -1 for s in call["size"]])
+    return expanded(call, _x(call), call["size"])
 
 
-def expanded(call: Call, x: Operand, out: tuple[int, ...], kept: list[bool]) -> Batching:
-    """The batch after x is expanded to `out`; dims marked kept are not repeated."""
-    if x.rows is not None:
-        return shifted(x.rows, len(out) - x.ndim)
-    new = len(out) - x.ndim
-    repeated = [i for i, size in enumerate(out) if not kept[i] and (i < new or (x.shape[i - new] == 1 and size != 1))]
-    batch = [i for i in repeated if out[i] % call.batch == 0]
-    return Rows(batch[0], inner=out[batch[0]] // call.batch) if len(batch) == 1 else Replicated()
+def expanded(call: Call, x: Operand, size: list[int]) -> Batching:
+    """The batch after x is expanded to `size`, -1 for the dims that are kept."""
+    grown = [i for i, s in enumerate(size) if isinstance(s, Extent)]
+    rows = x.rows and shifted(x.rows, len(size) - x.ndim)
+    if rows is None and len(grown) == 1 and size[grown[0]] % call.batch == 0:
+        return Rows(grown[0], inner=size[grown[0]] // call.batch)
+    if any(rows is None or i != rows.dim for i in grown):
+        raise NotRowWise("several sizes depend on the batch")
+    return batched(rows)
 
 
-@rule("aten.expand_as.default", cases=[case("B 1", "B 3"), case("1", "B 3"), case("3", "B 3"), case("3 1", "3 4")])
+@_view("aten.expand_as.default", cases=[case("B 1", "B 3"), case("1", "B 3"), case("3", "B 3"), case("3 1", "3 4")])
 def expand_as(call: Call) -> Batching:
     """Expand to the shape of `other`, whose batch is the same or the only one."""
-    other = call.operand("other").rows
-    found = expanded(call, _x(call), call.out[0], [False] * len(call.out[0]))
-    if _x(call).rows is None and other is not None:
-        return other
-    if _x(call).rows is not None and other is not None and found != other:
+    x, other = _x(call), call.operand("other")
+    rows = x.rows and shifted(x.rows, other.ndim - x.ndim)
+    if rows is not None and other.rows is not None and rows != other.rows:
         raise NotRowWise("the batch lies in different dims of the operands")
-    return found
+    return batched(rows or other.rows)
 
 
-@rule(
+@_view(
     "aten.slice.Tensor",
-    sizes=("end",),
+    sizes=("start", "end"),
     cases=[
+        case("2*B 3", call=lambda n, x: (x, 0, 0, n)),
+        case("3*B 3", call=lambda n, x: (x, 0, n, 3 * n)),
+        case("3*B 3", call=lambda n, x: (x, 0, n, 2**63 - 1)),
+        case("2*B 3", call=lambda n, x: (x, 0, 1, n + 1), declines=True),
         case("B 4", call=lambda n, x: (x, 1, 1, 3)),
         case("B 4", call=lambda n, x: (x, 0, 0, 2**63 - 1)),
         case("B 4", call=lambda n, x: (x, 0, 0, n)),
         case("B 4", call=lambda n, x: (x, 0, 1, 2**63 - 1), declines=True),
     ],
 )
-@rule(
+@_view(
     "aten.narrow.default",
-    sizes=("length",),
+    sizes=("start", "length"),
     cases=[
+        case("2*B 3", call=lambda n, x: (x, 0, n, n)),
         case("B 4", call=lambda n, x: (x, 1, 1, 3)),
         case("B 4", call=lambda n, x: (x, 0, 0, n)),
         case("B 4", call=lambda n, x: (x, 0, 0, 2), declines=True),
     ],
 )
 def slice_(call: Call) -> Batching:
-    """A range of a dim. Of the batch dim only all of it."""
+    """A range of a dim. Of the batch dim all of it, or some of the blocks it is an inner dim of."""
     x = _x(call)
     dim = wrap(call["dim"], x.ndim)
-    if x.rows is not None and x.rows.dim == dim and (call.out[0] != x.shape or call.args.get("step", 1) != 1):
+    end = call.args.get("end", call.args.get("length"))
+    if x.rows is None or x.rows.dim != dim:
+        return batched(x.rows)
+    if call.args.get("step", 1) != 1 or not (end is None or isinstance(end, Extent) or end == sys.maxsize):
         raise NotRowWise("takes some rows of the batch")
-    return batched(x.rows)
+    return _blocks(call, x.rows, call["start"] or 0, call.out[0][dim])
+
+
+def _blocks(call: Call, rows: Rows, start: int, size: int) -> Batching:
+    """Of the merged batch dim, entries `[start, start + size)`: whole blocks, each of all rows."""
+    block = call.batch * rows.inner
+    if size % block or start % block or (start and not isinstance(start, Extent)):
+        raise NotRowWise("takes some rows of the batch")
+    return replace(rows, outer=size // block)
 
 
 @rule(
@@ -256,26 +274,51 @@ def select(call: Call) -> Batching:
 
 @rule(
     "aten.split.Tensor",
+    "aten.unsafe_split.Tensor",
+    sizes=("split_size",),
+    cases=[
+        case("B 4", call=lambda n, x: (x, 2, 1)),
+        case("2*B 4", call=lambda n, x: (x, n, 0)),
+        case("B 4", call=lambda n, x: (x, 2, 0), declines=True),
+    ],
+)
+@rule(
     "aten.chunk.default",
+    "aten.unsafe_chunk.default",
     "aten.tensor_split.sections",
     cases=[
         case("B 4", call=lambda n, x: (x, 2, 1)),
+        case("4*B 4", call=lambda n, x: (x, 2, 0)),
         case("B 4", call=lambda n, x: (x, 2, 0), declines=True),
     ],
 )
 @rule(
     "aten.split_with_sizes.default",
     "aten.split.sizes",
-    "aten.tensor_split.indices",
+    sizes=("split_sizes", "split_size"),
     cases=[
         case("B 4", call=lambda n, x: (x, [1, 3], 1)),
         case("4 B", call=lambda n, x: (x, [1, 3], 0)),
+        case("3*B 4", call=lambda n, x: (x, [n, 2 * n], 0)),
     ],
 )
+@rule("aten.tensor_split.indices", cases=[case("B 4", call=lambda n, x: (x, [1, 3], 1))])
 def split(call: Call) -> Batching:
-    """Ranges of a dim that is not the batch."""
-    kept = along(call, call["dim"], what="splits the batch")
-    return Several((kept,) * len(call.out))
+    """Ranges of a dim. Of the batch dim blocks of all rows."""
+    x, dim = _x(call), wrap(call["dim"], _x(call).ndim)
+    if x.rows is None or x.rows.dim != dim:
+        return each(batched(x.rows), len(call.out))
+    given = list(call.args.values())[1]
+    sizes = given if isinstance(given, list) else [given]
+    whole = x.rows.outer % sizes[0] == 0 if _counted(call) else all(isinstance(s, Extent) for s in sizes)
+    if not whole:
+        raise NotRowWise("splits the batch")
+    return Several(tuple(_blocks(call, x.rows, 0, shape[dim]) for shape in call.out))
+
+
+def _counted(call: Call) -> bool:
+    """Whether the op is told how many parts to make, not of what size."""
+    return "chunk" in call.name or "sections" in call.name
 
 
 @rule("aten.unbind.int", cases=[case("B 3", call=lambda n, x: (x, 1)), case("3 B", call=lambda n, x: (x, 0))])
@@ -291,6 +334,8 @@ def unbind(call: Call) -> Batching:
         case("B 3", call=lambda n, x: (x, [1, 2])),
         case("B 3", call=lambda n, x: (x, [2, 1, 1])),
         case("1 3", call=lambda n, x: (x, [n, 2])),
+        case("4 3", call=lambda n, x: (x, [n, 1])),
+        case("1 3", call=lambda n, x: (x, [n * 2, 1])),
         case("B 3", call=lambda n, x: (x, [2, 1])),
         case("B*2 3", call=lambda n, x: (x, [3, 1])),
         case("B", call=lambda n, x: (x, [n]), declines=True),
@@ -301,17 +346,32 @@ def repeat(call: Call) -> Batching:
     x, repeats = _x(call), list(call["repeats"])
     new = len(repeats) - x.ndim
     if x.rows is None:
-        grown = [i for i, r in enumerate(repeats) if r % call.batch == 0 and r and (i < new or x.shape[i - new] == 1)]
-        return Rows(grown[0], inner=repeats[grown[0]] // call.batch) if len(grown) == 1 else Replicated()
+        return _copies(call, x, repeats)
     if any(isinstance(r, Extent) for r in repeats):
         raise NotRowWise("repeats the batch as often as it has rows")
     rows = shifted(x.rows, new)
     return replace(rows, outer=rows.outer * repeats[rows.dim])
 
 
+def _copies(call: Call, x: Operand, repeats: list[int]) -> Batching:
+    """A value without a batch repeated for every row: all of dim i is one block of the merged dim."""
+    grown = [i for i, r in enumerate(repeats) if isinstance(r, Extent)]
+    if not grown:
+        return Replicated()
+    size = ((1,) * (len(repeats) - x.ndim) + x.shape)[grown[0]]
+    if len(grown) > 1 or repeats[grown[0]] % call.batch or (size > 1 and repeats[grown[0]] != call.batch):
+        raise NotRowWise("several sizes depend on the batch")
+    return Rows(grown[0], inner=repeats[grown[0]] // call.batch * size)
+
+
 @rule(
     "aten.repeat_interleave.self_int",
+    sizes=("repeats", "output_size"),
     cases=[
+        case("1 3", call=lambda n, x: (x, n, 0)),
+        case("2 3", call=lambda n, x: (x, n, 0)),
+        case("B 3", call=lambda n, x: (x, n, 0), declines=True),
+        case("B 3", call=lambda n, x: (x, 2, 0, {"output_size": 2 * n})),
         case("B 3", call=lambda n, x: (x, 2, 1)),
         case("B 3", call=lambda n, x: (x, 2, 0)),
         case("B*2 3", call=lambda n, x: (x, 3, 0)),
@@ -320,7 +380,9 @@ def repeat(call: Call) -> Batching:
 )
 def repeat_interleave(call: Call) -> Batching:
     """Each entry of a dim several times in a row: an inner dim merged into it."""
-    x = _x(call)
+    x, repeats = _x(call), call["repeats"]
+    if isinstance(repeats, Extent):
+        return _interleaved_rows(call, x)
     if x.rows is None:
         return Replicated()
     if call["dim"] is None:
@@ -328,6 +390,14 @@ def repeat_interleave(call: Call) -> Batching:
         return Rows(0, x.rows.outer * math.prod(x.shape[: x.rows.dim]), x.rows.inner * inner)
     inner = call["repeats"] if wrap(call["dim"], x.ndim) == x.rows.dim else 1
     return Rows(x.rows.dim, x.rows.outer, x.rows.inner * inner)
+
+
+def _interleaved_rows(call: Call, x: Operand) -> Batching:
+    """Entries of a value without a batch repeated for every row: they are the outer dim of the merged one."""
+    if x.rows is not None or call["dim"] is None or call["repeats"] % call.batch:
+        raise NotRowWise("repeats the batch as often as it has rows")
+    dim = wrap(call["dim"], x.ndim)
+    return Rows(dim, x.shape[dim], call["repeats"] // call.batch)
 
 
 @rule(
