@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,8 @@ class SliceWriter:
         self._partial = path.with_name(path.name + ".partial")
         self._buckets: list[int] = []
         self._sink = pa.OSFile(str(self._partial), "wb")
-        self._writer = pa.ipc.new_file(self._sink, schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+        options = pa.ipc.IpcWriteOptions(compression="lz4", use_threads=False)
+        self._writer = pa.ipc.new_file(self._sink, schema, options=options)
 
     def add(self, table: pa.Table) -> None:
         """Rows sorted by the key."""
@@ -54,13 +55,11 @@ def is_written(path: Path) -> bool:
     return _index(path).exists()
 
 
-def read_slices(paths: Iterable[Path], schema: pa.Schema, bucket: int) -> pa.Table:
-    """All rows of a bucket."""
-    batches: list[pa.RecordBatch] = []
+def read_slices(paths: Iterable[Path], schema: pa.Schema, bucket: int) -> Iterator[pa.Table]:
+    """The rows of a bucket, file by file."""
     for path in paths:
         wanted = [i for i, b in enumerate(json.loads(_index(path).read_bytes())) if b == bucket]
         if wanted:
             with pa.OSFile(str(path), "rb") as source:
                 reader = pa.ipc.open_file(source)
-                batches += [reader.get_batch(i) for i in wanted]
-    return pa.Table.from_batches(batches, schema)
+                yield pa.Table.from_batches([reader.get_batch(i) for i in wanted], schema)

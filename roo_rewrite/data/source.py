@@ -18,13 +18,18 @@ _WIDTHS = {"INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "BOOLEAN
 
 @dataclass(frozen=True)
 class Unit:
-    """One row group: `file` by position, its rows `[start, start + rows)` of the whole log, bytes in memory."""
+    """One row group of `file`: rows `[start, start + rows)` of the whole log, bytes in memory by column."""
 
     file: int
     row_group: int
     start: int
     rows: int
-    bytes: int
+    widths: dict[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Estimated bytes of all columns in memory."""
+        return sum(self.widths.values())
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Source:
     def bytes(self) -> int:
         """Estimated bytes of all columns in memory."""
         return sum(u.bytes for u in self.units)
+
+    def row_bytes(self, columns: Sequence[str]) -> int:
+        """Estimated bytes in memory of `columns` in one row."""
+        return sum(u.widths[c] for u in self.units for c in columns) // max(1, self.rows) + 1
 
     def file_starts(self) -> list[int]:
         """The first row of each file."""
@@ -78,7 +87,7 @@ def open_source(path: str | Path) -> Source:
             _same_schema(files[0], schema, name, theirs)
             for g in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(g)
-                units.append(Unit(i, g, start, group.num_rows, _memory(group)))
+                units.append(Unit(i, g, start, group.num_rows, _memory(group, theirs.names)))
                 start += group.num_rows
     assert schema is not None
     return Source(tuple(files), schema.remove_metadata(), tuple(units))
@@ -144,13 +153,14 @@ def _same_schema(first: str, schema: pa.Schema, name: str, theirs: pa.Schema) ->
             )
 
 
-def _memory(group: pq.RowGroupMetaData) -> int:
-    total = 0
+def _memory(group: pq.RowGroupMetaData, names: Sequence[str]) -> dict[str, int]:
+    widths = dict.fromkeys(names, 0)
     for c in range(group.num_columns):
-        column = group.column(c)
-        width = _WIDTHS.get(column.physical_type, 8)
-        total += max(column.total_uncompressed_size, column.num_values * width)
-    return total
+        leaf = group.column(c)
+        path = leaf.path_in_schema
+        owner = max((n for n in names if path == n or path.startswith(n + ".")), key=len)
+        widths[owner] += max(leaf.total_uncompressed_size, leaf.num_values * _WIDTHS.get(leaf.physical_type, 8))
+    return widths
 
 
 def _short(error: BaseException) -> str:

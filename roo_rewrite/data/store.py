@@ -52,7 +52,6 @@ def write_part(
             impressions += len(table[IMPRESSIONS].combine_chunks().flatten())
         assert writer is not None
         writer.close()
-        sync(partial)
         os.replace(partial, path)
     finally:
         if writer is not None and writer.is_open:
@@ -66,12 +65,6 @@ def _abandon(writer: pq.ParquetWriter) -> None:
         writer.close()
     except (OSError, pa.ArrowException):
         writer.is_open = False
-
-
-def sync(path: Path) -> None:
-    """Onto the disk."""
-    with open(path, "rb") as f:
-        os.fsync(f.fileno())
 
 
 def pack(table: pa.Table, columns: Columns, reverse: dict[str, bool]) -> pa.Table:

@@ -148,7 +148,7 @@ class Manifest:
             "provenance": self.provenance,
             "parts": [asdict(p) for p in self.parts],
         }
-        write_whole(folder / MANIFEST, json.dumps(body, indent=1).encode())
+        write_whole(folder / MANIFEST, json.dumps(body, indent=1).encode(), durable=True)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -166,11 +166,12 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{path} is damaged: {e}") from e
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one."""
+def write_whole(path: Path, content: bytes, durable: bool = False) -> None:
+    """Writes a file so that a reader sees the old one or the new one; `durable`: also after a power cut."""
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as out:
         out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
+        if durable:
+            out.flush()
+            os.fsync(out.fileno())
     os.replace(partial, path)

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 from roo_rewrite.data import shuffle
 from roo_rewrite.data.nest import impression_rows, plain_type
-from roo_rewrite.data.store import part_meta, read_group, sync
+from roo_rewrite.data.store import part_meta, read_group
 from roo_rewrite.data.table import POSITION, Manifest
 from roo_rewrite.data.to_requests import DEFAULT_MEMORY, GROUP_IMPRESSIONS, Progress
-from roo_rewrite.data.workdir import fingerprint, open_parts, working
+from roo_rewrite.data.workdir import fingerprint, open_parts, sync, working
 from roo_rewrite.errors import DataError
 
 
@@ -81,7 +81,7 @@ def _in_order(manifest: Manifest, paths: list[str], work: Path, memory: int, pro
                     writer.add(_by_position(table, keep=True))
         progress("map", i + 1, len(paths), manifest.parts[i].impressions)
     for bucket in range(len(edges) - 1):
-        yield _by_position(shuffle.read_slices(slices, schema, bucket))
+        yield _by_position(pa.concat_tables(shuffle.read_slices(slices, schema, bucket)))
         progress("write", bucket + 1, len(edges) - 1, int(edges[bucket + 1] - edges[bucket]))
 
 

@@ -67,14 +67,9 @@ class Job:
     expected: tuple[int, ...] = ()
 
     @property
-    def row_bytes(self) -> int:
-        """Estimated bytes of a row in memory."""
-        return max(1, self.source.bytes // max(1, self.source.rows))
-
-    @property
     def batch_rows(self) -> int:
         """Rows handled at once in the map step."""
-        return int(np.clip(self.memory // 32 // self.row_bytes, 64, 1 << 16))
+        return int(np.clip(self.memory // 16 // self.source.row_bytes(self.columns.schema.names), 64, 1 << 16))
 
     @property
     def direct(self) -> bool:
@@ -217,11 +212,12 @@ def _convert(job: Job, engine: Engine, progress: Progress | None) -> tuple[Job, 
 
 
 def _edges(counts: npt.NDArray[np.int64], job: Job) -> npt.NDArray[np.int64]:
-    """Bucket edges over ordinals: each within the memory a reduce may take, if a request is."""
-    whole = job.source.bytes
-    share = min(job.memory // 8, PART_BYTES) if whole > job.memory // 3 else whole
-    per_bucket = max(1, share // job.row_bytes)
-    bucket = (np.cumsum(counts) - 1) // per_bucket
+    """Bucket edges over ordinals: each within the memory a reduce may take, if its requests are."""
+    if job.source.bytes <= min(job.memory // 3, PART_BYTES):
+        return np.array([0, len(counts)])
+    request, impression = (job.source.row_bytes(c) for c in (job.columns.request, job.columns.impression))
+    sizes = np.cumsum(request + impression * counts)
+    bucket = (sizes - 1) // max(1, min(job.memory // 8, PART_BYTES))
     starts = np.flatnonzero(np.diff(bucket, prepend=-1))
     return np.append(starts, len(counts)).astype(np.int64)
 
@@ -240,14 +236,7 @@ def _batches(job: Job, i: int) -> Iterator[tuple[pa.Table, pa.Table]]:
         table = table.append_column(ORDINAL, pa.array(ordinals[positions]))
         table = table.append_column(POSITION, pa.array(positions))
         requests = table.select([*job.columns.request, ORDINAL, POSITION])
-        requests, clashes = once(requests, job.columns, job.on_conflict == "last", _checks(job))
-        if clashes:
-            raise ClashesError(clashes)
-        yield requests, _sorted(table.select([*job.columns.impression, ORDINAL, POSITION]))
-
-
-def _checks(job: Job) -> bool:
-    return job.on_conflict in ("error", "demote")
+        yield _once(requests, job), _sorted(table.select([*job.columns.impression, ORDINAL, POSITION]))
 
 
 def _sorted(table: pa.Table) -> pa.Table:
@@ -276,9 +265,7 @@ def reduce_bucket(job: Job, bucket: int) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(note.read_bytes())
         return found
     requests, impressions = _gather(job, bucket)
-    requests, clashes = once(requests, job.columns, job.on_conflict == "last", _checks(job))
-    if clashes:
-        raise ClashesError(clashes)
+    requests = _once(requests, job)
     if impressions.num_rows != job.expected[bucket]:
         raise DataError(
             f"part {bucket} has {impressions.num_rows} of {job.expected[bucket]} impressions; "
@@ -295,19 +282,38 @@ def _gather(job: Job, bucket: int) -> tuple[pa.Table, pa.Table]:
     if job.direct:
         pairs = [pair for i in range(len(job.source.units)) for pair in _batches(job, i)]
         return pa.concat_tables([r for r, _ in pairs]), pa.concat_tables([i for _, i in pairs])
-    sides = (("requests", request_schema(job.columns)), ("impressions", impression_schema(job.columns)))
     units = range(len(job.source.units))
-    requests, impressions = (
-        shuffle.read_slices([job.slices(i, side) for i in units], schema, bucket) for side, schema in sides
-    )
-    return requests, impressions
+    slices = [[job.slices(i, side) for i in units] for side in ("requests", "impressions")]
+    requests = _combined(shuffle.read_slices(slices[0], request_schema(job.columns), bucket), job)
+    impressions = shuffle.read_slices(slices[1], impression_schema(job.columns), bucket)
+    return requests, pa.concat_tables(impressions)
+
+
+def _combined(tables: Iterator[pa.Table], job: Job) -> pa.Table:
+    """All request rows, brought down to one per request whenever they take much memory."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if len(held) > 1 and sum(t.nbytes for t in held) > job.memory // 8:
+            held = [_once(pa.concat_tables(held), job)]
+    return pa.concat_tables(held)
+
+
+def _once(requests: pa.Table, job: Job) -> pa.Table:
+    """One row per request. Raises ClashesError where they differ and that matters."""
+    check = job.on_conflict in ("error", "demote")
+    kept, clashes = once(requests, job.columns, job.on_conflict == "last", check)
+    if clashes:
+        raise ClashesError(clashes)
+    return kept
 
 
 def _row_groups(requests: pa.Table, impressions: pa.Table, job: Job) -> Iterator[pa.Table]:
     """Nested tables of about GROUP_IMPRESSIONS impressions each, fewer where memory is small."""
     if not job.columns.position:
         impressions = impressions.drop_columns([POSITION])
-    most = int(np.clip(job.memory // 16 // job.row_bytes, 1024, GROUP_IMPRESSIONS))
+    row_bytes = job.source.row_bytes(job.columns.schema.names)
+    most = int(np.clip(job.memory // 16 // row_bytes, 1024, GROUP_IMPRESSIONS))
     ends = np.searchsorted(impressions[ORDINAL].to_numpy(), requests[ORDINAL].to_numpy(), side="right")
     at = 0
     for stop in Bounds(impressions=most).cuts(np.diff(ends, prepend=0)):

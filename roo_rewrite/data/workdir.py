@@ -64,7 +64,7 @@ def _locked(work: Path, out: Path) -> Iterator[None]:
 
 
 def _resume_or_reset(work: Path, job: dict[str, Any]) -> None:
-    text = json.dumps(job, sort_keys=True, default=str).encode()
+    text = json.dumps([job, _boot()], sort_keys=True, default=str).encode()
     key = hashlib.sha256(text).hexdigest()
     marker = work / "job"
     if not marker.exists() or marker.read_text() != key:
@@ -72,6 +72,18 @@ def _resume_or_reset(work: Path, job: dict[str, Any]) -> None:
             if child.name != "lock":
                 shutil.rmtree(child) if child.is_dir() else child.unlink()
         write_whole(marker, key.encode())
+
+
+def _boot() -> str:
+    """Changes with every start of the machine: what a power cut may have left half on the disk is not gone on with."""
+    note = Path("/proc/sys/kernel/random/boot_id")
+    return note.read_text().strip() if note.exists() else ""
+
+
+def sync(path: Path) -> None:
+    """Onto the disk."""
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
 
 
 def fingerprint(files: tuple[str, ...]) -> list[list[Any]]:
@@ -108,6 +120,8 @@ def publish(work: Path, out: Path, manifest: Manifest, generation: str) -> None:
     Killed before the manifest is replaced: the old data set. After: the new one.
     """
     out.mkdir(exist_ok=True)
+    for part in (work / "data").glob("*.parquet"):
+        sync(part)
     if (work / "data").exists():
         (work / "data").rename(out / generation)
     manifest.write(out)
