@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ class RequestModel(nn.Module):
         self, original: nn.Module, inputs: Inputs, example: Sequence[Tensor], statics: Sequence[Any], build: Build
     ):
         super().__init__()
+        self.__class__ = _signed(original)
         for name in _SHARED:
             self.__dict__[name] = original.__dict__[name]
         self.__dict__["_modules"] = dict(original._modules)
@@ -153,6 +155,24 @@ class RequestModel(nn.Module):
         """The emitted Python source."""
         emitted = self._whole_program().emitted
         return emitted.source if emitted is not None else "# the original, on broadcast inputs\n"
+
+
+def _signed(original: nn.Module) -> type[RequestModel]:
+    """RequestModel whose `forward` shows the original's parameters and `num_impressions`: torch.export goes by it."""
+
+    def forward(self: RequestModel, *args: Any, num_impressions: Tensor, **kwargs: Any) -> Any:
+        return RequestModel.forward(self, *args, num_impressions=num_impressions, **kwargs)
+
+    own = inspect.signature(RequestModel.forward)
+    try:
+        given = list(inspect.signature(original.forward).parameters.values())
+    except ValueError:  # forward of a built-in or scripted module
+        return RequestModel
+    counts = own.parameters["num_impressions"]
+    rest = [p for p in given if p.kind is p.VAR_KEYWORD]
+    parameters = [own.parameters["self"], *(p for p in given if p not in rest), counts, *rest]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return type("RequestModel", (RequestModel,), {"forward": forward, "__module__": __name__})
 
 
 def check_batch(inputs: Inputs, atoms: Sequence[Tensor], counts: Tensor) -> int:
