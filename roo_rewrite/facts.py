@@ -82,6 +82,11 @@ class Offsets(Batching):
     first: bool = True
     last: bool = True
 
+    @property
+    def total(self) -> bool:
+        """Whether there is an entry more than there are rows."""
+        return self.first and self.last
+
 
 @dataclass(frozen=True)
 class Size(Batching):
@@ -93,6 +98,13 @@ class Several(Batching):
     """The batching of each output of an op with several."""
 
     parts: tuple[Batching, ...]
+
+
+def parts(batching: Batching) -> tuple[Batching, ...]:
+    """The batching of each tensor among the outputs, those inside lists too, in order."""
+    if not isinstance(batching, Several):
+        return (batching,)
+    return tuple(p for part in batching.parts for p in parts(part))
 
 
 @dataclass(frozen=True)

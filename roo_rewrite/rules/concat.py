@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching, Replicated, Rows
+from roo_rewrite.facts import Batching, Offsets, Replicated, Rows
 from roo_rewrite.rules.families import aligned, batched, each, reshaped, shifted, unary, wrap
 from roo_rewrite.rules.registry import Call, Operand, case, rule
 
@@ -109,7 +109,9 @@ def joined_at_least(call: Call) -> Batching:
 @rule(
     "aten.pad.default",
     "aten.constant_pad_nd.default",
+    special=(Offsets,),
     cases=[
+        case("ends", call=lambda n, x: (x, [1, 0])),
         case("B 3", call=lambda n, x: (x, [1, 2])),
         case("3 B", call=lambda n, x: (x, [0, 0, 1, 0])),
         case("B 3", call=lambda n, x: (x, [0, 0, 1, 0]), declines=True),
@@ -126,8 +128,12 @@ def joined_at_least(call: Call) -> Batching:
     cases=[case("B 2 3 3", call=lambda n, x: (x, [1, 2, 0, 1]))],
 )
 def pad(call: Call) -> Batching:
-    """New entries at the ends of dims, the last dim first; none along the batch."""
+    """New entries at the ends of dims, the last dim first; none along the batch. A 0 before the ends makes offsets."""
     x, widths = call.operand("self"), list(call.args.get("pad") or call.args.get("padding") or ())
+    kind = x.batching
+    zeros = call.args.get("mode", "constant") == "constant" and not call.args.get("value")
+    if isinstance(kind, Offsets) and zeros and kind == Offsets(kind.lengths, first=False) and widths == [1, 0]:
+        return Offsets(kind.lengths)
     padded = {x.ndim - 1 - i // 2 for i, width in enumerate(widths) if width != 0}
     if x.rows is not None and x.rows.dim in padded:
         raise NotRowWise("pads the batch")

@@ -5,8 +5,9 @@ Used by the tests of the rules, by `tools/check_rules.py`, and by whoever writes
 
 from __future__ import annotations
 
+import importlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching, CrossRow, Lengths, Offsets, Ragged, Replicated, RowIndex, Rows, Several
+from roo_rewrite.facts import Batching, CrossRow, Lengths, Offsets, Ragged, Replicated, RowIndex, Rows, parts
 from roo_rewrite.ops.ragged import offsets_of, select_ragged
 from roo_rewrite.rules.registry import Call, Case, Extent, Operand, Rule, apply, make_call
 
@@ -105,12 +106,14 @@ def _values(prefix: str, sizes: list[int], generator: torch.Generator) -> Tensor
     drawn = torch.randint(low, 4, sizes, generator=generator).double()
     if prefix == "c":
         return torch.complex(drawn, torch.randint(-3, 4, sizes, generator=generator).double())
-    return drawn.sort().values if prefix == "s" else drawn
+    return drawn.sort().values if prefix == "s" else drawn.float() if prefix == "f" else drawn
 
 
 def operator(name: str) -> OpOverload:
     """The op of a name like `aten.softmax.int`."""
     space, packet, overload = name.split(".")
+    if space == "fbgemm":
+        importlib.import_module("fbgemm_gpu")
     found = getattr(getattr(getattr(torch.ops, space), packet), overload)
     assert isinstance(found, OpOverload)
     return found
@@ -174,10 +177,10 @@ def broken(trial: Trial, batching: Batching, rows: Tensor) -> str:
         after = trial.run(rows)
     except (RuntimeError, IndexError, ValueError) as e:
         return f"{trial.op} cannot be run on rows {rows.tolist()}: {e}"
-    parts = list(_parts(batching))
-    if len(parts) != len(before):
-        return f"{trial.op} has {len(before)} outputs, the rule speaks of {len(parts)}"
-    for i, (kind, old, new) in enumerate(zip(parts, before, after)):
+    kinds = parts(batching)
+    if len(kinds) != len(before):
+        return f"{trial.op} has {len(before)} outputs, the rule speaks of {len(kinds)}"
+    for i, (kind, old, new) in enumerate(zip(kinds, before, after)):
         if isinstance(kind, CrossRow):
             continue
         want = gather(old, kind, rows, trial.lengths)
@@ -186,14 +189,6 @@ def broken(trial: Trial, batching: Batching, rows: Tensor) -> str:
         if not torch.allclose(new, want, rtol=1e-10, atol=1e-10, equal_nan=True):
             return f"output {i} of {trial.op} is not {kind}: rows {rows.tolist()} differ"
     return ""
-
-
-def _parts(batching: Batching) -> Iterator[Batching]:
-    if isinstance(batching, Several):
-        for part in batching.parts:
-            yield from _parts(part)
-    else:
-        yield batching
 
 
 def candidates(shape: Sequence[int], batch: int) -> list[Batching]:

@@ -177,7 +177,6 @@ _SCAN_CASES = [
 @rule(
     "aten.softmax.int",
     "aten.log_softmax.int",
-    "aten.cumsum.default",
     "aten.cumprod.default",
     "aten.logcumsumexp.default",
     "aten.cummax.default",

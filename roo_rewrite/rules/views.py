@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching, Replicated, Rows, Several
+from roo_rewrite.facts import Batching, Offsets, Replicated, Rows, Several
 from roo_rewrite.rules.families import along, batched, each, reshaped, shifted, unary, wrap
 from roo_rewrite.rules.registry import Call, Extent, Operand, case, rule
 
@@ -211,9 +211,12 @@ def expand_as(call: Call) -> Batching:
 
 @_view(
     "aten.slice.Tensor",
+    special=(Offsets,),
     sizes=("start", "end"),
     cases=[
         case("2*B 3", call=lambda n, x: (x, 0, 0, n)),
+        case("offsets", call=lambda n, x: (x, 0, 0, -1)),
+        case("offsets", call=lambda n, x: (x, 0, 1, sys.maxsize)),
         case("3*B 3", call=lambda n, x: (x, 0, n, 3 * n)),
         case("3*B 3", call=lambda n, x: (x, 0, n, 2**63 - 1)),
         case("2*B 3", call=lambda n, x: (x, 0, 1, n + 1), declines=True),
@@ -236,6 +239,8 @@ def expand_as(call: Call) -> Batching:
 def slice_(call: Call) -> Batching:
     """A range of a dim. Of the batch dim all of it, or some of the blocks it is an inner dim of."""
     x = _x(call)
+    if isinstance(x.batching, Offsets):
+        return _some_offsets(call, x.batching)
     dim = wrap(call["dim"], x.ndim)
     end = call.args.get("end", call.args.get("length"))
     if x.rows is None or x.rows.dim != dim:
@@ -243,6 +248,17 @@ def slice_(call: Call) -> Batching:
     if call.args.get("step", 1) != 1 or not (end is None or isinstance(end, Extent) or end == sys.maxsize):
         raise NotRowWise("takes some rows of the batch")
     return _blocks(call, x.rows, call["start"] or 0, call.out[0][dim])
+
+
+def _some_offsets(call: Call, offsets: Offsets) -> Batching:
+    """Offsets without the first or the last: `[1:]` and `[:-1]`."""
+    start, end, step = call["start"] or 0, call.args.get("end"), call.args.get("step", 1)
+    if "narrow" not in call.name and step == 1 and offsets == Offsets(offsets.lengths):
+        if (start, end) == (0, -1):
+            return replace(offsets, last=False)
+        if start == 1 and end in (None, sys.maxsize):
+            return replace(offsets, first=False)
+    raise NotRowWise("takes some of the offsets")
 
 
 def _blocks(call: Call, rows: Rows, start: int, size: int) -> Batching:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -19,6 +21,9 @@ EDGES = ([], [3], [0, 0, 6], [6, 5, 4, 3, 2, 1, 0], [2, 2, 5, 1])
 
 # Ops that torch itself warns of, in some case or on some rows.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+OPS = sorted(op for op in registered() if find_spec("fbgemm_gpu") or not op.startswith("fbgemm."))
 
 
 def _rows(rows: list[int]) -> torch.Tensor:
@@ -39,19 +44,16 @@ def violation(rule: Rule, a_case: Case, rows: torch.Tensor, batch: int = BATCH) 
     return law.broken(trial, batching, rows)
 
 
-@pytest.mark.parametrize("op", sorted(registered()))
-def test_every_rule_has_a_case(op: str) -> None:
-    cases = registered()[op].cases
-    assert cases, f"{op} has a rule and no case to test it with"
+def test_every_rule_has_a_case() -> None:
+    assert [op for op, rule in registered().items() if not rule.cases] == []
 
 
-@pytest.mark.parametrize("op", sorted(registered()))
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("op", OPS)
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(rows=ROWS)
 @example(rows=[])
 @example(rows=[3])
-@example(rows=[0, 0, 6])
-@example(rows=[6, 5, 4, 3, 2, 1, 0])
+@example(rows=[0, 0, 6, 5])
 def test_gather_law(op: str, rows: list[int]) -> None:
     rule = registered()[op]
     for a_case in rule.cases:
@@ -59,7 +61,7 @@ def test_gather_law(op: str, rows: list[int]) -> None:
             assert violation(rule, a_case, _rows(rows)) == ""
 
 
-@pytest.mark.parametrize("op", sorted(op for op, rule in registered().items() if any(c.declines for c in rule.cases)))
+@pytest.mark.parametrize("op", [op for op in OPS if any(c.declines for c in registered()[op].cases)])
 def test_a_rule_declines_only_what_breaks_the_law(op: str) -> None:
     rule = registered()[op]
     for a_case in rule.cases:
@@ -70,14 +72,13 @@ def test_a_rule_declines_only_what_breaks_the_law(op: str) -> None:
             assert not all(law.row_wise(trial, _edges(a_case))), f"{op} declines {a_case.shapes} for nothing"
 
 
-@pytest.mark.parametrize("op", sorted(registered()))
-@pytest.mark.parametrize("batch", [11, 13])
-def test_the_trace_does_not_matter(op: str, batch: int) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_the_trace_does_not_matter(op: str) -> None:
     rule = registered()[op]
     for a_case in rule.cases:
         if not a_case.declines:
-            want = law.predict(rule, law.trial(op, a_case, BATCH))
-            assert law.predict(rule, law.trial(op, a_case, batch)) == want
+            found = {law.predict(rule, law.trial(op, a_case, batch)) for batch in (BATCH, 11, 13)}
+            assert len(found) == 1
 
 
 def _wrong(op: str, answer: Rows | Replicated, *cases: Case) -> Rule:
