@@ -1,0 +1,58 @@
+"""The benchmark's batches and timing, and its table end to end on one model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tools.bench import speed
+from tools.bench.timing import SHAPES, fanouts, interleaved
+
+
+@given(st.sampled_from(SHAPES), st.integers(1, 64), st.integers(1, 500))
+def test_fanouts_sum_to_the_impressions(shape: str, fanout: int, impressions: int) -> None:
+    counts = fanouts(shape, fanout, impressions)
+    assert counts.dtype == torch.int64
+    assert (counts >= 0).all()
+    assert (counts.sum(), len(counts)) == (impressions, max(1, impressions // fanout))
+
+
+def test_shapes_are_what_they_say() -> None:
+    assert fanouts("even", 16, 1024).unique().tolist() == [16]
+    skewed = fanouts("skewed", 4, 1024)
+    assert skewed.max() > 8 * 4
+    assert (skewed == 0).any()
+    with pytest.raises(ValueError, match="no fan-out shape 'odd'"):
+        fanouts("odd", 1, 1)
+
+
+def test_interleaved_runs_every_variant_in_turn() -> None:
+    order: list[str] = []
+    times = interleaved({name: lambda name=name: order.append(name) for name in "ab"}, rounds=3)
+    assert "".join(order) == "aabb" + "ab" + "ba" + "ab"
+    assert set(times) == {"a", "b"}
+
+
+def invoke(*arguments: str) -> Any:
+    return CliRunner().invoke(speed.main, list(arguments))
+
+
+def test_table_has_a_row_per_shape_and_mode() -> None:
+    result = invoke("early_stage", "--twins-only", "--fanout", "4", "--impressions", "16", "--rounds", "1", "--json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)
+    assert {(r["shape"], r["mode"]) for r in rows} == {(s, m) for s in SHAPES for m in speed.MODES}
+    assert all(r["original"] > 0 and r["twin"] > 0 and r["rewritten"] is None for r in rows)
+    assert all(r["error"] < 1e-5 and r["requests"] == 4 for r in rows)
+
+
+def test_unknown_model_lists_the_known() -> None:
+    result = invoke("dlrm")
+    assert result.exit_code == 2
+    assert "no model dlrm" in result.output
