@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from roo_rewrite.errors import DataError, InputError
+from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec
 from roo_rewrite.inputs import Atom, Inputs, as_kind, is_kjt, lengths_of
@@ -24,19 +24,26 @@ from roo_rewrite.ops.ragged import segment_positions
 Ids = Tensor | tuple[str, ...] | None
 
 
+@dataclass(frozen=True, eq=False)
 class Layout:
     """Which tensor of the call has which rows. Equal where the calling conventions are."""
 
-    def __init__(self, inputs: Inputs):
-        self.inputs = inputs
+    inputs: Inputs
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Layout):
-            return NotImplemented
-        mine, theirs = self.inputs, other.inputs
-        return (mine.spec, mine.tree, mine.leaves) == (theirs.spec, theirs.tree, theirs.leaves)
+        return isinstance(other, Layout) and self.inputs == other.inputs
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> Any:
+        """Pickled with an example of the tree: torch's own pickle of a tree warns when it is read."""
+        skeleton = pytree.tree_unflatten(range(len(self.inputs.leaves)), self.inputs.tree)
+        bare = replace(self.inputs, tree=pytree.tree_structure(()))
+        return _layout, (bare, skeleton)
+
+
+def _layout(inputs: Inputs, skeleton: Any) -> Layout:
+    return Layout(replace(inputs, tree=pytree.tree_structure(skeleton)))
 
 
 class Notes:
@@ -111,7 +118,10 @@ class RequestBatch:
         return self.map(lambda v: v.pin_memory())
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> RequestBatch:
-        """The requests at `index`: a position, a slice, a list of positions or a boolean mask [R]."""
+        """The requests at `index`: a position, a slice (a view), a list of positions or a boolean mask [R]."""
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(self.num_requests)
+            return narrow(self, start, max(start, stop))
         rows = _request_rows(index, self.num_requests).to(self.num_impressions.device)
         starts = self.num_impressions.cumsum(0) - self.num_impressions
         counts = self.num_impressions.index_select(0, rows)
@@ -160,57 +170,50 @@ class RequestBatch:
         return inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
 
 
-def concat(batches: Sequence[RequestBatch]) -> RequestBatch:
-    """One batch of all requests of `batches`, in order. The rows of `order` count through.
+def narrow(batch: RequestBatch, start: int, stop: int) -> RequestBatch:
+    """Requests [start, stop) as views of the batch's tensors."""
+    first, last = (int(batch.num_impressions[:n].sum()) for n in (start, stop))
+    spans = {Provenance.REQUEST: (start, stop), Provenance.IMPRESSION: (first, last)}
+    inputs = batch.layout.inputs
+    atoms, statics = inputs.flatten(batch.args, batch.kwargs, Provenance.REQUEST)
+    by_name = {a.name: t for a, t in zip(inputs.atoms, atoms)}
+    keepers = {a.rows_in: a for a in inputs.atoms if a.kind == "values"}
+    cut = [_cut(a, by_name, keepers, inputs, *spans[a.provenance]) for a in inputs.atoms]
+    args, kwargs = inputs.unflatten(cut, Provenance.REQUEST, statics)
 
-    Raises DataError where there is none, their layouts differ, or only some carry labels, weights or ids.
-    """
-    if not batches:
-        raise DataError("concat needs at least one batch")
-    first = batches[0]
-    if any(b.layout != first.layout for b in batches):
-        raise DataError("concat: the batches were made with different features or specs; group them with one spec")
-    inputs = first.layout.inputs
-    flat = [inputs.flatten(b.args, b.kwargs, Provenance.REQUEST) for b in batches]
-    atoms = _concat_atoms(inputs, [atoms for atoms, _ in flat])
-    args, kwargs = inputs.unflatten(atoms, Provenance.REQUEST, flat[0][1])
-    shifts, total = [], 0
-    for b in batches:
-        shifts.append(total)
-        total += b.total_impressions
-    orders = [
-        (b.order if b.order is not None else torch.arange(b.total_impressions, device=b.num_impressions.device)) + s
-        for b, s in zip(batches, shifts)
-    ]
-    return RequestBatch(
+    def rows(tree: Any, a: int, b: int) -> Any:
+        return pytree.tree_map(lambda v: v[a:b] if isinstance(v, Tensor) else v, tree)
+
+    ids, impression_ids = batch.request_ids, batch.impression_ids
+    return replace(
+        batch,
         args=args,
         kwargs=kwargs,
-        num_impressions=torch.cat([b.num_impressions for b in batches]),
-        layout=first.layout,
-        labels=_concat_trees("labels", [b.labels for b in batches]),
-        weights=_concat_trees("weights", [b.weights for b in batches]),
-        request_ids=_concat_ids("request_ids", [b.request_ids for b in batches]),
-        impression_ids=_concat_ids("impression_ids", [b.impression_ids for b in batches]),
-        order=None if all(b.order is None for b in batches) else torch.cat(orders),
+        num_impressions=batch.num_impressions[start:stop],
+        labels=rows(batch.labels, first, last),
+        weights=rows(batch.weights, first, last),
+        request_ids=None if ids is None else ids[start:stop],
+        impression_ids=None if impression_ids is None else impression_ids[first:last],
+        order=None if batch.order is None else batch.order[first:last],
+        cursor=None,
     )
 
 
-def _concat_atoms(inputs: Inputs, calls: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    position = {a.name: i for i, a in enumerate(inputs.atoms)}
-    values_of = {a.rows_in: position[a.name] for a in inputs.atoms if a.kind == "values"}
-    return [_concat_atom(atom, i, values_of, calls) for i, atom in enumerate(inputs.atoms)]
-
-
-def _concat_atom(atom: Atom, i: int, values_of: Mapping[str, int], calls: Sequence[Sequence[Tensor]]) -> Tensor:
-    parts = [call[i] for call in calls]
+def _cut(
+    atom: Atom, tensors: Mapping[str, Tensor], values: Mapping[str, Atom], inputs: Inputs, start: int, stop: int
+) -> Tensor:
+    """Rows [start, stop) of one atom."""
+    tensor = tensors[atom.name]
     if atom.kind == "shared":
-        if any(not torch.equal(p, parts[0]) for p in parts):
-            raise DataError(f"concat: input {atom.name!r} has no rows and differs between the batches")
-        return parts[0]
-    if atom.kind in ("offsets", "offsets_total"):
-        lengths = [lengths_of(atom, call[i], call[values_of[atom.name]]) for call in calls]
-        return as_kind(atom.kind, torch.cat(lengths), parts[0].dtype)
-    return torch.cat(parts)
+        return tensor
+    if atom.kind in ("dense", "lengths"):
+        return tensor[start:stop]
+    keeper = atom if atom.kind != "values" else next(a for a in inputs.atoms if a.name == atom.rows_in)
+    lengths = lengths_of(keeper, tensors[keeper.name], tensors[values[keeper.name].name])
+    if atom.kind == "values":
+        first = int(lengths[:start].sum())
+        return tensor[first : first + int(lengths[start:stop].sum())]
+    return as_kind(atom.kind, lengths[start:stop], tensor.dtype)
 
 
 def _request_rows(index: int | slice | Sequence[int] | Tensor, count: int) -> Tensor:
@@ -219,7 +222,7 @@ def _request_rows(index: int | slice | Sequence[int] | Tensor, count: int) -> Te
             raise InputError(f"a mask over requests must have shape [{count}], got {list(index.shape)}")
         return index.nonzero().flatten()
     if isinstance(index, slice):
-        return torch.arange(count)[index] if (index.step or 1) > 0 else torch.tensor(range(count)[index]).long()
+        return torch.tensor(range(count)[index], dtype=torch.long)
     positions = torch.as_tensor([index] if isinstance(index, int) else index, dtype=torch.long).flatten()
     outside = positions[(positions < -count) | (positions >= count)]
     if outside.numel():
@@ -235,23 +238,6 @@ def _take_ids(ids: Ids, rows: Tensor) -> Ids:
     if isinstance(ids, Tensor):
         return ids.index_select(0, rows.to(ids.device))
     return None if ids is None else tuple(ids[i] for i in rows.tolist())
-
-
-def _concat_trees(what: str, trees: Sequence[Any]) -> Any:
-    flat = [pytree.tree_flatten(t) for t in trees]
-    if any(spec != flat[0][1] for _, spec in flat) or len({t is None for t in trees}) > 1:
-        raise DataError(f"concat: the {what} of the batches have different structures")
-    if trees[0] is None:
-        return None
-    return pytree.tree_unflatten([torch.cat(parts) for parts in zip(*(leaves for leaves, _ in flat))], flat[0][1])
-
-
-def _concat_ids(what: str, ids: Sequence[Ids]) -> Ids:
-    if len({type(i) for i in ids}) > 1:
-        raise DataError(f"concat: the {what} of the batches are of different kinds; give all of them ids, or none")
-    if isinstance(ids[0], Tensor):
-        return torch.cat([cast(Tensor, i) for i in ids])
-    return None if ids[0] is None else tuple(name for names in ids for name in cast("tuple[str, ...]", names))
 
 
 _CHILDREN = ("args", "kwargs", "num_impressions", "labels", "weights", "order")

@@ -122,10 +122,10 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def forward_of(model: Callable[..., Any] | None) -> Callable[..., Any]:
     """The callable whose signature names the arguments."""
-    return getattr(model, "forward", model) if model is not None else _any_call
+    return getattr(model, "forward", model) if model is not None else any_call
 
 
-def _any_call(*args: Any, **kwargs: Any) -> None:
+def any_call(*args: Any, **kwargs: Any) -> None:
     """Stands for a model of unknown signature."""
 
 

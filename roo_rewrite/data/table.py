@@ -103,9 +103,8 @@ def assign(
     late = [n for n in (user, time) if n is not None and n not in request]
     if late:
         raise SpecError(f"{late} order the requests, so they must be request columns in the spec")
-    return Columns(
-        request_id, request, tuple(n for n in names if n in asked["impression"]), schema, user, time, position
-    )
+    impression = tuple(n for n in names if n in asked["impression"])
+    return Columns(request_id, request, impression, schema, user, time, position or not impression)
 
 
 @dataclass(frozen=True)

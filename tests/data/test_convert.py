@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roo_rewrite.data import to_requests as module
 from roo_rewrite.data.store import Writing, part_meta, read_group
 from roo_rewrite.data.table import MANIFEST, read_manifest
 from roo_rewrite.data.to_impressions import to_impressions
@@ -21,6 +21,7 @@ from roo_rewrite.data.to_requests import to_requests
 from roo_rewrite.errors import DataError, SpecError
 from roo_rewrite.features import FeatureSpec
 
+module = importlib.import_module("roo_rewrite.data.to_requests")
 IDS = st.lists(st.integers(0, 12), min_size=1, max_size=40)
 TINY = 4000
 
