@@ -33,6 +33,7 @@ class Partition:
     request: tuple[Node, ...]
     residuals: tuple[Node, ...]
     reasons: dict[Node, str] = field(default_factory=dict)
+    fanout: float = 1.0
 
     def __str__(self) -> str:
         names = [", ".join(n.name for n in nodes) or "nothing" for nodes in (self.request, self.residuals)]
@@ -47,7 +48,7 @@ def partition(captured: Captured, fanout: float) -> Partition:
     request = tuple(n for n in movable if n in inside)
     residuals = tuple(n for n in request if any(u not in inside for u in n.users) and not is_bundle(n))
     reasons = {n: _reason(n, inside) for n in nodes if n not in inside}
-    return Partition(request, residuals, {n: r for n, r in reasons.items() if r})
+    return Partition(request, residuals, {n: r for n, r in reasons.items() if r}, fanout)
 
 
 def may_move(node: Node) -> bool:

@@ -28,7 +28,7 @@ class Emitted:
 
     whole: `(model, *atoms, num_impressions) -> tuple`; request: `(model, *request atoms) -> tuple of
     residuals`; impression: `(model, *residuals, *impression atoms, num_impressions) -> tuple`.
-    residuals: their names. source: the Python text of the whole.
+    residuals: their names. source: the Python text of the whole. parts: the graphs of request and impression.
     """
 
     whole: Callable[..., tuple[Any, ...]]
@@ -37,6 +37,7 @@ class Emitted:
     residuals: tuple[str, ...]
     source: str
     graph: Graph
+    parts: tuple[Graph, Graph]
 
 
 def emit(graph: Graph) -> Emitted:
@@ -45,7 +46,7 @@ def emit(graph: Graph) -> Emitted:
     for part in (graph, parts[0], parts[1]):
         _explicit_autocast(part)
     whole, source = function(graph)
-    return Emitted(whole, function(parts[0])[0], function(parts[1])[0], parts[2], source, graph)
+    return Emitted(whole, function(parts[0])[0], function(parts[1])[0], parts[2], source, graph, parts[:2])
 
 
 def function(graph: Graph) -> tuple[Callable[..., tuple[Any, ...]], str]:

@@ -30,6 +30,15 @@ class RequestModel(nn.Module):
     submodules are the original's own objects: training one trains the other.
     """
 
+    _original: nn.Module
+    _inputs: Inputs
+    _example: tuple[list[Tensor], list[Any]]
+    _build: Build
+    _programs: dict[Any, Program]
+    _current: dict[bool, Program]
+    _members: list[nn.Module]
+    _roo: nn.Module
+
     def __init__(
         self, original: nn.Module, inputs: Inputs, example: Sequence[Tensor], statics: Sequence[Any], build: Build
     ):
