@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tools.bench import speed
+from fixtures.fanout import Fanout
+from tools.bench import ops, speed
 from tools.bench.timing import SHAPES, fanouts, interleaved
 
 
@@ -56,3 +57,23 @@ def test_unknown_model_lists_the_known() -> None:
     result = invoke("dlrm")
     assert result.exit_code == 2
     assert "no model dlrm" in result.output
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("task", list(ops.TASKS))
+def test_every_way_of_a_jagged_task_agrees(task: str, shape: str) -> None:
+    ways = ops.TASKS[task](Fanout(fanouts(shape, 4, 40)), 3)
+    assert len(ways) > 2
+    ops.check(ways)
+
+
+def test_a_wrong_way_is_caught() -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        ops.check({"one": lambda: torch.ones(2), "other": lambda: torch.zeros(2)})
+
+
+def test_ops_prints_json() -> None:
+    arguments = ["--task", "broadcast", "--shape", "even", "--width", "4", "--impressions", "32", "--rounds", "1"]
+    result = CliRunner().invoke(ops.main, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    assert all(row["ms"] > 0 for row in json.loads(result.stdout))
