@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
 
 import fixtures
 import roo_rewrite
@@ -50,8 +51,8 @@ class Plan:
 class Row:
     """One line of the table, times in milliseconds; rewritten and twin None where there is none.
 
-    error: the largest difference of a score from the original's, over the variants timed. rewrite_s: seconds that
-    the rewriting took, tracing included.
+    flops: of the matrix products of a forward pass, by variant. error: the largest difference of a score from the
+    original's, over the variants timed. rewrite_s: seconds that the rewriting took, tracing included.
     """
 
     model: str
@@ -62,6 +63,7 @@ class Row:
     original: float
     rewritten: float | None
     twin: float | None
+    flops: dict[str, int]
     error: float
     rewrite_s: float | None
 
@@ -95,6 +97,14 @@ def variants(fixture: Fixture, fanout: int, rewritten: bool) -> tuple[dict[str, 
     return forms, seconds
 
 
+def count_flops(model: nn.Module, call: Call, extra: dict[str, Tensor]) -> int:
+    """Of the matrix products of a forward pass, 2 for a multiply-add."""
+    args, kwargs = call
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(*args, **kwargs, **extra)
+    return int(counter.get_total_flops())
+
+
 def scorer(model: nn.Module, call: Call, extra: dict[str, Tensor]) -> Callable[[], Any]:
     args, kwargs = call
 
@@ -126,6 +136,7 @@ def measure(name: str, fanout: int, plan: Plan) -> Iterator[Row]:
         narrow = fixture.batch(counts)
         wide = expanded(fixture, narrow, counts)
         calls = {form: (wide, {}) if form == "original" else (narrow, {"num_impressions": counts}) for form in forms}
+        flops = {form: count_flops(model, *calls[form]) for form, model in forms.items()}
         for mode in plan.modes:
             make = scorer if mode == "scoring" else trainer
             for model in forms.values():
@@ -136,20 +147,32 @@ def measure(name: str, fanout: int, plan: Plan) -> Iterator[Row]:
             times = interleaved(timed, plan.rounds, plan.statistic, plan.clock)
             yield Row(
                 name, mode, fanout, shape, len(counts), times["original"], times.get("rewritten"), times.get("twin"),
-                error, seconds,
+                flops, error, seconds,
             )  # fmt: skip
 
 
 def table(rows: Sequence[Row], what: str) -> Table:
+    """FLOPs are shares of the original's."""
     out = Table(title=f"milliseconds per batch ({what})")
     for column in ("model", "mode", "fan-out", "shape"):
         out.add_column(column)
-    for column in ("original", "rewritten", "twin", "orig/rewr", "orig/twin", "twin/rewr", "error"):
+    for column in (
+        "original",
+        "rewritten",
+        "twin",
+        "orig/rewr",
+        "orig/twin",
+        "twin/rewr",
+        "FLOPs rewr",
+        "twin",
+        "error",
+    ):
         out.add_column(column, justify="right")
     for r in rows:
-        ratios = (_ratio(r.original, r.rewritten), _ratio(r.original, r.twin), _ratio(r.twin, r.rewritten))
+        faster = (_ratio(r.original, r.rewritten), _ratio(r.original, r.twin), _ratio(r.twin, r.rewritten))
         times = (f"{t:.2f}" if t is not None else "-" for t in (r.original, r.rewritten, r.twin))
-        out.add_row(r.model, r.mode, str(r.fanout), r.shape, *times, *ratios, f"{r.error:.0e}")
+        left = (f"{r.flops[f] / r.flops['original']:.3f}" if r.flops.get(f) else "-" for f in ("rewritten", "twin"))
+        out.add_row(r.model, r.mode, str(r.fanout), r.shape, *times, *faster, *left, f"{r.error:.0e}")
     return out
 
 
@@ -202,7 +225,7 @@ def main(
         click.echo(json.dumps([asdict(r) for r in rows], indent=1))
     else:
         what = f"{statistic}, {clock} clock, {torch.get_num_threads()} threads"
-        Console(width=None if sys.stdout.isatty() else 140).print(table(rows, what))
+        Console(width=None if sys.stdout.isatty() else 160).print(table(rows, what))
 
 
 if __name__ == "__main__":
