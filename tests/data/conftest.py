@@ -28,15 +28,17 @@ def small_log() -> Callable[[list[int]], pa.Table]:
     def make(ids: list[int]) -> pa.Table:
         rows = range(len(ids))
         tags = [None if i % 5 == 1 else [] if i % 5 == 2 else [float("nan"), None, i * 0.5][: i % 4] for i in rows]
+        hist = [None if r % 7 == 6 else list(range(r // 2, r // 2 + r % 4)) for r in ids]
+        floats = [float("nan") if i % 3 == 0 else -0.0 if i % 3 == 1 else i / 7 for i in rows]
         return pa.table(
             {
                 "rid": pa.array(ids, pa.int64()),
                 "user": pa.array([None if r == 3 else r % 3 for r in ids], pa.int64()),
                 "time": pa.array([r * 1000 for r in ids], pa.timestamp("us")),
-                "hist": pa.array([None if r % 7 == 6 else list(range(r // 2, r // 2 + r % 4)) for r in ids]),
-                "user_name": pa.array([f"u{r}" if r % 4 else None for r in ids]),
+                "hist": pa.array(hist, pa.list_(pa.int64())),
+                "user_name": pa.array([f"u{r}" if r % 4 else None for r in ids], pa.string()),
                 "item": pa.array(list(rows), pa.int32()),
-                "item_f": pa.array([float("nan") if i % 3 == 0 else -0.0 if i % 3 == 1 else i / 7 for i in rows]),
+                "item_f": pa.array(floats, pa.float64()),
                 "item_tags": pa.array(tags, pa.list_(pa.float32())),
                 "click": pa.array([None if i % 4 == 3 else i % 2 for i in rows], pa.int8()),
             }
