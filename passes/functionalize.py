@@ -7,9 +7,10 @@
     z = sum(y)                               y1 = select_scatter(y, f, 1, 0)
                                              z = sum(y1)
 
-Postcondition: no node writes into a value that another node made. What still writes (into a buffer, or
-through a view that has no inverse here) is marked, with everything that shares its storage, as an
-effect in `node.meta["roo_effect"]`: such nodes keep their order and stay at impression level.
+Postcondition: no node writes into a value that another node made. What still writes (into a buffer,
+under `no_grad` into a value that has a gradient, or through a view that has no inverse here) is marked, with
+everything that shares its storage, as an effect in `node.meta["roo_effect"]`: such nodes keep their order
+and stay at impression level.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ aten = torch.ops.aten
 
 # In-place ops that change the shape of the tensor object only: views by another name.
 _RESHAPING = {"unsqueeze_", "squeeze_", "t_", "transpose_", "detach_", "swapaxes_", "swapdims_"}
+# Views that their schema does not call so.
+_SILENT_VIEWS = {aten.meshgrid.default, aten.meshgrid.indexing, aten.broadcast_tensors.default}
 
 
 def functionalize(graph: Graph) -> None:
@@ -35,7 +38,8 @@ def functionalize(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function":
             _visit(graph, node, bases)
-    graph.eliminate_dead_code(is_impure_node=is_effect)
+    _own_inputs(graph)
+    graph.eliminate_dead_code(is_impure_node=keeps)
     graph.lint()
 
 
@@ -44,29 +48,40 @@ def is_effect(node: Node) -> bool:
     return node.op in ("placeholder", "output") or EFFECT in node.meta
 
 
+def keeps(node: Node) -> bool:
+    """Whether dead code elimination must leave a node: effects, and what moves the random state along."""
+    tags = node.target.tags if isinstance(node.target, OpOverload) else ()
+    updates = node.target is aten.batch_norm.default
+    return is_effect(node) or torch.Tag.nondeterministic_seeded in tags or updates
+
+
 def _visit(graph: Graph, node: Node, bases: dict[Node, Node]) -> None:
     source = viewed(node)
     if source is not None:
         bases[node] = bases.get(source, source)
-    target = mutated(node)
-    if target is None:
+    written = mutated(node)
+    if not written:
         return
-    name = node.target._schema.name.split("::")[1]  # type: ignore[union-attr]
+    name = _name(node)
     if name in _RESHAPING:
-        _rename(graph, node, target, bases)
+        _rename(graph, node, written[0], bases)
         return
+    target = written[0]
     base = bases.get(target, target)
     family = [n for n, b in bases.items() if b is base]
-    functional = _functional(node)
-    if (
-        base.op == "get_attr"
-        or functional is None
-        or not _replace(graph, node, target, base, family, bases, functional)
-    ):
+    if len(written) == 1 and base.op != "get_attr" and _replace(graph, node, target, base, family, bases):
+        return
+    for one in written:
+        base = bases.get(one, one)
         reason = "writes into a buffer" if base.op == "get_attr" else f"{name} writes through a view"
-        for shared in (base, node, *family):
+        for shared in (base, node, *(n for n, b in bases.items() if b is base)):
             shared.meta[EFFECT] = reason
-        bases[node] = base
+    bases[node] = bases.get(target, target)
+
+
+def _name(node: Node) -> str:
+    assert isinstance(node.target, OpOverload)
+    return node.target._schema.name.split("::")[1]
 
 
 def viewed(node: Node) -> Node | None:
@@ -76,6 +91,10 @@ def viewed(node: Node) -> Node | None:
         return source if isinstance(source, Node) and viewed(source) is not None else None
     if not isinstance(node.target, OpOverload):
         return None
+    if node.target in _SILENT_VIEWS:
+        return node.all_input_nodes[0]
+    if _copies(node):
+        return None
     for argument, value in zip(node.target._schema.arguments, node.args):
         alias = argument.alias_info
         if alias is not None and not alias.is_write and isinstance(value, Node):
@@ -83,20 +102,30 @@ def viewed(node: Node) -> Node | None:
     return None
 
 
-def mutated(node: Node) -> Node | None:
-    """The value an in-place op writes into; None for other ops, and for ops that update running statistics."""
+def _copies(node: Node) -> bool:
+    """Whether an op that returns its operand where it can has to copy here."""
+    if node.target not in (aten.to.dtype, aten.contiguous.default) or not isinstance(node.args[0], Node):
+        return False
+    before, after = node.args[0].meta["val"], node.meta["val"]
+    return bool(before.dtype != after.dtype or before.stride() != after.stride())
+
+
+def mutated(node: Node) -> list[Node]:
+    """The values an op writes into; none for ops that only update running statistics."""
     if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
-        return None
-    first = node.target._schema.arguments[0]
-    if first.alias_info is not None and first.alias_info.is_write and isinstance(node.args[0], Node):
-        return node.args[0]
-    return None
+        return []
+    found = []
+    for i, argument in enumerate(node.target._schema.arguments):
+        value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)]
+    return found
 
 
 def _functional(node: Node) -> OpOverload | None:
+    name = _name(node)
     assert isinstance(node.target, OpOverload)
-    name = node.target._schema.name.split("::")[1]
-    if not name.endswith("_"):
+    if not name.endswith("_") or node.target.namespace != "aten":
         return None
     packet = getattr(aten, name[:-1], None)
     overload = node.target._overloadname
@@ -116,73 +145,129 @@ def _rename(graph: Graph, node: Node, target: Node, bases: dict[Node, Node]) -> 
     graph.erase_node(node)
 
 
-def _replace(
-    graph: Graph,
-    node: Node,
-    target: Node,
-    base: Node,
-    family: list[Node],
-    bases: dict[Node, Node],
-    functional: OpOverload,
-) -> bool:
-    """Carries the new contents of `target` through to its base and to every other view of it."""
+def _replace(graph: Graph, node: Node, target: Node, base: Node, family: list[Node], bases: dict[Node, Node]) -> bool:
+    """Carries the new contents of `target` through to its base, and makes every view of it anew.
+
+    Nodes of an attempt that fails are dead code.
+    """
     with graph.inserting_before(node):
-        new = _call(graph, functional, node.args, node.kwargs, node)
-        new = _same_dtype(graph, new, target, node)
-        fresh = _to_base(graph, target, new, base, node)
+        new = _new_contents(graph, node, target)
+        fresh = _to_base(graph, target, new, base) if new is not None else None
         if fresh is None:
-            graph.erase_node(new)
             return False
-        current = {base: fresh, target: new}
+        current = {base: fresh}
         for view in family:
-            source = viewed(view)
-            if view is target or not any(user > node for user in view.users):
-                continue
-            if source is None or source not in current or view.target is operator.getitem:
+            again = torch.fx.map_arg(view.args, lambda n: current.get(n, n))
+            if viewed(view) not in current:
                 return False
-            again = [current.get(a, a) if isinstance(a, Node) else a for a in view.args]
-            current[view] = _call(graph, view.target, tuple(again), view.kwargs, view)
-    node.replace_all_uses_with(new)
+            current[view] = _call(graph, view.target, again, view.kwargs, view)
+    node.replace_all_uses_with(current[target])
     for old, now in current.items():
         _later_uses(old, node, now)
-        if old is not base:
-            bases.pop(old, None)
+        bases.pop(old, None)
+        if now is not fresh:
             bases[now] = fresh
     graph.erase_node(node)
     return True
 
 
-def _to_base(graph: Graph, view: Node, new: Node, base: Node, like: Node) -> Node | None:
+def _new_contents(graph: Graph, node: Node, target: Node) -> Node | None:
+    """What the op would return if it did not write, in the dtype of its target."""
+    value, args = target.meta["val"], node.args
+    match _name(node):
+        case "copy_":
+            widened = _call(graph, aten.expand_as.default, (args[1], target), {}, target)
+            return _call(graph, aten.clone.default, (_cast(graph, widened, value.dtype, target),), {}, target)
+        case "zero_":
+            return _call(graph, aten.zeros_like.default, (target,), {}, target)
+        case "fill_" if not isinstance(args[1], Node):
+            return _call(graph, aten.full_like.default, (target, args[1]), {}, target)
+    functional = _functional(node)
+    if functional is None:
+        return None
+    new = _call(graph, functional, args, node.kwargs, node)
+    others = [a.meta["val"] for a in node.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
+    return new if all(o.dtype == value.dtype for o in others) else _cast(graph, new, value.dtype, target)
+
+
+def _cast(graph: Graph, new: Node, dtype: torch.dtype, like: Node) -> Node:
+    return _call(graph, aten.to.dtype, (new, dtype), {}, like)
+
+
+def _to_base(graph: Graph, view: Node, new: Node, base: Node) -> Node | None:
     """The base with `new` in the place of `view`; None where the view has no inverse here."""
     while view is not base:
         source = viewed(view)
-        if source is None or not isinstance(view.target, OpOverload):
+        fresh = _inverse(graph, view, new, source) if source is not None else None
+        if source is None or fresh is None:
             return None
-        args, x = view.args, source
-        match str(view.target):
-            case "aten.slice.Tensor":
-                inverse = _call(graph, aten.slice_scatter.default, (x, new, *args[1:]), {}, x)
-            case "aten.select.int":
-                inverse = _call(graph, aten.select_scatter.default, (x, new, *args[1:]), {}, x)
-            case "aten.unsqueeze.default":
-                inverse = _call(graph, aten.squeeze.dim, (new, args[1]), {}, x)
-            case "aten.transpose.int":
-                inverse = _call(graph, aten.transpose.int, (new, args[1], args[2]), {}, x)
-            case "aten.alias.default" | "aten.detach.default" | "aten.to.dtype" | "aten.contiguous.default":
-                inverse = new
-            case _:
-                return None
-        view, new = source, inverse
+        if source.target in _SPLITS:
+            view, new = source, fresh
+            source = viewed(view)
+            assert source is not None
+        view, new = source, fresh
     return new
 
 
-def _same_dtype(graph: Graph, new: Node, target: Node, like: Node) -> Node:
-    """In place the dtype of the target is kept; out of place the operands decide."""
-    want = target.meta["val"].dtype
-    others = [a.meta["val"] for a in like.all_input_nodes if isinstance(a.meta.get("val"), torch.Tensor)]
-    if all(o.dtype == want for o in others):
-        return new
-    return _call(graph, aten.to.dtype, (new, want), {}, target)
+_SPLITS = {aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default, aten.unbind.int}
+
+
+def _inverse(graph: Graph, view: Node, new: Node, x: Node) -> Node | None:
+    """x with `new` where `view` of it was."""
+    args = view.args
+    match str(view.target):
+        case "aten.slice.Tensor":
+            return _call(graph, aten.slice_scatter.default, (x, new, *args[1:]), {}, x)
+        case "aten.select.int":
+            return _call(graph, aten.select_scatter.default, (x, new, *args[1:]), {}, x)
+        case "aten.diagonal.default":
+            return _call(graph, aten.diagonal_scatter.default, (x, new, *args[1:]), {}, x)
+        case "aten.unsqueeze.default":
+            return _call(graph, aten.squeeze.dim, (new, args[1]), {}, x)
+        case "aten.transpose.int":
+            return _call(graph, aten.transpose.int, (new, args[1], args[2]), {}, x)
+        case "aten.t.default":
+            return _call(graph, aten.t.default, (new,), {}, x)
+        case "aten.permute.default":
+            ndim, order = len(args[1]), args[1]  # type: ignore[arg-type]
+            back = sorted(range(ndim), key=lambda i: order[i] % ndim)  # type: ignore[index,operator]
+            return _call(graph, aten.permute.default, (new, back), {}, x)
+        case "aten.view.default" | "aten.unflatten.int":
+            return _call(graph, aten.reshape_as.default, (new, x), {}, x)
+        case "aten.alias.default" | "aten.to.dtype" | "aten.contiguous.default":
+            return new
+        case _ if view.target is operator.getitem:
+            return _unsplit(graph, view, new, x)
+    return None
+
+
+def _unsplit(graph: Graph, view: Node, new: Node, split: Node) -> Node | None:
+    """The source of a split with one of its parts replaced."""
+    if split.target not in _SPLITS:
+        return None
+    x, index = split.args[0], view.args[1]
+    assert isinstance(x, Node) and isinstance(index, int)
+    if split.target is aten.unbind.int:
+        dim = split.args[1] if len(split.args) > 1 else 0
+        return _call(graph, aten.select_scatter.default, (x, new, dim, index), {}, x)
+    dim = split.args[2] if len(split.args) > 2 else 0
+    sizes = [part.shape[dim] for part in split.meta["val"]]
+    if not all(isinstance(s, int) for s in sizes):
+        return None
+    start = sum(sizes[:index])
+    return _call(graph, aten.slice_scatter.default, (x, new, dim, start, start + sizes[index]), {}, x)
+
+
+def _own_inputs(graph: Graph) -> None:
+    """What writes into an input writes into a copy of it; the caller's tensors are left alone."""
+    written = [n for n in graph.nodes if n.op == "placeholder" and EFFECT in n.meta]
+    for node in written:
+        first = next(n for n in graph.nodes if n.op == "call_function")
+        reason = node.meta.pop(EFFECT)
+        with graph.inserting_before(first):
+            own = _call(graph, aten.clone.default, (node,), {}, node)
+        own.meta[EFFECT] = reason
+        node.replace_all_uses_with(own, delete_user_cb=lambda user, own=own: user is not own)
 
 
 def _call(graph: Graph, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], like: Node) -> Node:

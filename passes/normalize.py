@@ -23,8 +23,9 @@ import torch.fx
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from passes.functionalize import functionalize, is_effect
+from passes.functionalize import functionalize, is_effect, keeps, mutated
 from roo_rewrite.capture import BATCH, Captured
+from roo_rewrite.errors import CaptureError
 
 aten = torch.ops.aten
 AUTOCAST = "roo_autocast"
@@ -45,12 +46,13 @@ def normalize(captured: Captured) -> None:
     graph = captured.graph
     _inline(graph, captured.bodies)
     _drop_asserts(graph)
+    _drop_identities(captured)
     functionalize(graph)
     for node in list(graph.nodes):
         if node.op == "call_function":
             _simplify(captured, node)
     _free_devices(captured)
-    graph.eliminate_dead_code(is_impure_node=is_effect)
+    graph.eliminate_dead_code(is_impure_node=keeps)
     graph.lint()
 
 
@@ -60,10 +62,19 @@ def _inline(graph: Graph, owner: nn.Module) -> None:
     for node in list(graph.nodes):
         if node.target is hops.wrap_with_set_grad_enabled:
             enabled, body, *args = node.args
+            if not enabled and _enables_grad(owner, body):
+                raise CaptureError("forward turns gradients on again inside of no_grad")
             _splice(graph, owner, node, body, args, detach=not enabled, autocast=node.meta.get(AUTOCAST))
         elif node.target is hops.wrap_with_autocast:
             device, dtype, enabled, cache, body, *args = node.args
             _splice(graph, owner, node, body, args, detach=False, autocast=(device, dtype, enabled, cache))
+
+
+def _enables_grad(owner: nn.Module, body: Any) -> bool:
+    module = owner.get_submodule(str(body.target))
+    assert isinstance(module, GraphModule)
+    inner = [n for n in module.graph.nodes if n.target is torch.ops.higher_order.wrap_with_set_grad_enabled]
+    return any(n.args[0] for n in inner)
 
 
 def _splice(
@@ -116,9 +127,14 @@ def _drop_asserts(graph: Graph) -> None:
 
 
 def _writes(node: Node) -> bool:
-    mutable = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-    return node.op in ("placeholder", "output") or mutable or random
+    return keeps(node) or bool(mutated(node))
+
+
+def _drop_identities(captured: Captured) -> None:
+    """Dropout that is off returns its very operand, which later in-place ops may write into."""
+    for node in list(captured.graph.nodes):
+        if node.target in (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default):
+            _simplify(captured, node)
 
 
 def _simplify(captured: Captured, node: Node) -> None:

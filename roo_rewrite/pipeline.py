@@ -3,6 +3,7 @@
     capture    model -> graph over ATen, batch symbolic
     normalize  one way to say each thing
     annotate   provenance and batching on every node
+    split      operators that mix both sides, part by part
     partition  where to broadcast
     hoist      request nodes first, one broadcast for each value that crosses
     lower      one implementation of each jagged operator
@@ -25,6 +26,7 @@ import passes.hoist
 import passes.lower
 import passes.normalize
 import passes.partition
+import passes.split
 from roo_rewrite.capture import Captured, capture
 from roo_rewrite.emit import emit, rename
 from roo_rewrite.equivalence import differs_small, mismatch
@@ -47,6 +49,7 @@ class Options:
     dropout: str
     leaves: tuple[str, ...]
     check: bool
+    split: passes.split.Mode = "priced"
 
 
 def rewrite(
@@ -59,6 +62,7 @@ def rewrite(
     dropout: Literal["per_impression", "per_request"] = "per_impression",
     leaves: Sequence[str] = (),
     check: bool = False,
+    split: passes.split.Mode = "priced",
 ) -> RequestModel:
     """An equivalent request-level model, sharing the parameters of `model`.
 
@@ -66,6 +70,7 @@ def rewrite(
     spec: which inputs are request-level. fanout: impressions a request, a hint (default 16).
     dropout: "per_request" lets the impressions of a request share one mask.
     leaves: paths of submodules to call as they are; naming one also declares it row-wise.
+    split: "priced" splits a mixed operator where that pays; "always" and "never" are for experiments.
     check: verify after every pass, and raise EquivalenceError instead of falling back.
 
     Raises SpecError, CaptureError (the model cannot be run on the example), EquivalenceError (check).
@@ -75,7 +80,7 @@ def rewrite(
     kwargs = dict(kwargs or {})
     inputs = bind_inputs(model.forward, args, kwargs, spec)
     atoms, statics = inputs.flatten(args, kwargs, Provenance.IMPRESSION)
-    options = Options(_fanout(fanout), _dropout(dropout), _paths(model, leaves), check)
+    options = Options(_fanout(fanout), _dropout(dropout), _paths(model, leaves), check, split)
     _runs(model, args, kwargs)
     return RequestModel(model, inputs, atoms, statics, builder(options))
 
@@ -142,18 +147,20 @@ def _build(
             raise EquivalenceError(f"the rewritten model differs from the original: {found}", where=found)
         return Program(None, None, notes=(f"the rewritten model failed its check and is not used: {found}",))
     small = differs_small(model, program, example, statics)
-    return Program(captured, program.emitted, small, program.plan, tuple(captured.notes))
+    return Program(captured, program.emitted, small, program.plan, tuple(captured.notes), program.candidates)
 
 
 def _compile(
     captured: Captured, inputs: Inputs, original: nn.Module, policy: passes.annotate.Policy, options: Options, name: str
 ) -> Program:
     passes.annotate.annotate(captured, inputs, original, policy)
+    candidates = passes.split.split(captured, options.fanout, options.split).candidates
+    passes.annotate.annotate(captured, inputs, original, policy)
     plan = passes.partition.partition(captured, options.fanout)
     graph = passes.hoist.hoist(captured, inputs, plan)
     passes.lower.lower(graph)
     rename(graph, name)
-    return Program(captured, emit(graph), plan=plan)
+    return Program(captured, emit(graph), plan=plan, candidates=tuple(candidates))
 
 
 def program_sites(captured: Captured) -> list[int]:

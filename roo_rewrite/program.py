@@ -39,6 +39,7 @@ class Program:
     small: frozenset[int] = frozenset()
     plan: Any = None
     notes: tuple[str, ...] = ()
+    candidates: tuple[Any, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         # Immutable once built, and the graph's traced values cannot be copied.

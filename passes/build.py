@@ -1,0 +1,194 @@
+"""Builds nodes of the split graph, with their traced values, and carries forms out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+
+from passes.forms import (
+    PROVENANCE,
+    Blocks,
+    Deferred,
+    Expanded,
+    Filled,
+    Form,
+    Picked,
+    Sum,
+    Whole,
+    is_static,
+    provenance,
+)
+from roo_rewrite.capture import Captured
+from roo_rewrite.facts import META, Provenance, annotation
+
+aten = torch.ops.aten
+
+
+class Builder:
+    """The graph under construction. Equal calls are built once."""
+
+    def __init__(self, captured: Captured):
+        self.captured = captured
+        self.graph = Graph()
+        self.known: dict[Any, Node] = {}
+        self.origin: Node | None = None
+
+    def adopt(self, made: Node, node: Node) -> None:
+        """Marks a copy of a node of the old graph: its own provenance, not its operands'."""
+        made.meta = {k: v for k, v in node.meta.items() if k != META}
+        known = annotation(node)
+        made.meta[PROVENANCE] = known.provenance
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """A new row-wise call, with its traced value."""
+        key = (target, _frozen(args), _frozen(kwargs))
+        if key in self.known:
+            return self.known[key]
+        made = self.graph.call_function(target, args, kwargs)
+        if self.origin is not None:
+            made.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
+        values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        mode = next((v.fake_mode for v in _fakes(values)), None)
+        with torch.no_grad():
+            if mode is None:
+                made.meta["val"] = target(*values[0], **values[1])
+            else:
+                with mode:
+                    made.meta["val"] = target(*values[0], **values[1])
+        sources = [n.meta[PROVENANCE] for n in made.all_input_nodes if not _is_size(n)]
+        made.meta[PROVENANCE] = max(sources, default=Provenance.CONSTANT)
+        self.known[key] = made
+        return made
+
+    # -- carrying forms out
+
+    def whole(self, form: Form) -> Node:
+        """The node that holds the form's value."""
+        match form:
+            case Whole(node):
+                return node
+            case Picked(base, dim, index):
+                return self.pick(base.node, dim, index)
+            case Blocks(dim, parts):
+                return self._joined(dim, parts)
+            case Sum():
+                return self._added(form)
+            case Expanded(inner, shape):
+                return self.call(aten.expand.default, self.whole(inner), self.sizes(shape))
+            case Deferred():
+                return form.carry()
+            case Filled(value, shape, like):
+                return self.call(aten.new_full.default, like, self.sizes(shape), value)
+        raise TypeError(f"no form: {form!r}")
+
+    def pick(self, node: Node, dim: int, index: Sequence[int]) -> Node:
+        """Entries of `node` along `dim`: a slice where they are consecutive."""
+        size = int(node.meta["val"].shape[dim])
+        if list(index) == list(range(size)):
+            return node
+        if list(index) == list(range(index[0], index[0] + len(index))):
+            return self.call(aten.slice.Tensor, node, dim, index[0], index[0] + len(index))
+        return self.call(aten.index_select.default, node, dim, self.constant(index, node))
+
+    def constant(self, values: Sequence[int], like: Node) -> Node:
+        """An int64 vector known at compile time."""
+        key = ("constant", tuple(values))
+        if key not in self.known:
+            name = f"constant_{len(self.captured.constants)}"
+            self.captured.constants[name] = torch.tensor(list(values))
+            made = self.graph.get_attr(f"_roo.{name}")
+            mode = like.meta["val"].fake_mode
+            made.meta = {"val": mode.from_tensor(self.captured.constants[name], static_shapes=True)}
+            made.meta[PROVENANCE] = Provenance.CONSTANT
+            self.known[key] = made
+        return self.known[key]
+
+    def sizes(self, shape: Sequence[Any]) -> list[Any]:
+        """A traced shape as arguments: sizes that depend on the batch become nodes."""
+        return [s if is_static(s) else self.size(s) for s in shape]
+
+    def size(self, size: torch.SymInt) -> Node:
+        """A node whose value is the traced size, found among the inputs."""
+        key = ("size", size.node.expr)
+        if key not in self.known:
+            for node in self.graph.nodes:
+                value = node.meta.get("val")
+                if not isinstance(value, FakeTensor):
+                    continue
+                for dim, s in enumerate(value.shape):
+                    if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr:
+                        self.known[key] = self.call(aten.sym_size.int, node, dim)
+                        return self.known[key]
+            raise KeyError(f"no value has size {size}")
+        return self.known[key]
+
+    def _joined(self, dim: int, parts: Sequence[Form]) -> Node:
+        """Parts as one tensor; consecutive parts of one side are joined first, so that they cross as one."""
+        runs: list[list[Node]] = []
+        last: bool | None = None
+        for part in parts:
+            early = provenance(part) is not Provenance.IMPRESSION
+            node = self.whole(part)
+            if early == last:
+                runs[-1].append(node)
+            else:
+                runs.append([node])
+            last = early
+        joined = [self.cat(run, dim) for run in runs]
+        return self.cat(joined, dim)
+
+    def cat(self, nodes: Sequence[Node], dim: int) -> Node:
+        """Nodes side by side along `dim`."""
+        return nodes[0] if len(nodes) == 1 else self.call(aten.cat.default, list(nodes), dim)
+
+    def _added(self, form: Sum) -> Node:
+        """Request terms first, impression terms next, one add."""
+        sides: dict[bool, list[tuple[float, Node]]] = {True: [], False: []}
+        for coefficient, term in form.terms:
+            inner = term.form if isinstance(term, Expanded) else term
+            sides[provenance(term) is not Provenance.IMPRESSION].append((coefficient, self.whole(inner)))
+        done = [self._weighted(terms) for terms in sides.values() if terms]
+        total = done[0] if len(done) == 1 else self.call(aten.add.Tensor, *done)
+        want = form.shape
+        if len(total.meta["val"].shape) != len(want) or any(
+            is_static(w) and int(w) != s for w, s in zip(want, total.meta["val"].shape) if is_static(s)
+        ):
+            return self.call(aten.expand.default, total, self.sizes(want))
+        return total
+
+    def _weighted(self, terms: list[tuple[float, Node]]) -> Node:
+        # Positive terms first, so that a difference is one sub.
+        terms = sorted(terms, key=lambda t: t[0] < 0)
+        total: Node | None = None
+        for coefficient, node in terms:
+            if total is None:
+                total = node if coefficient == 1 else self.call(aten.mul.Tensor, node, coefficient)
+            elif coefficient == 1:
+                total = self.call(aten.add.Tensor, total, node)
+            elif coefficient == -1:
+                total = self.call(aten.sub.Tensor, total, node)
+            else:
+                total = self.call(aten.add.Tensor, total, self.call(aten.mul.Tensor, node, coefficient))
+        assert total is not None
+        return total
+
+
+def _is_size(node: Node) -> bool:
+    return not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
+
+
+def _fakes(values: Any) -> list[FakeTensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, FakeTensor)]
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
+    return (type(value), value) if isinstance(value, (int, float, bool)) else value

@@ -1,0 +1,255 @@
+"""Splits operators that mix both sides, so that `hoist` finds their request-level part.
+
+    before                                   after
+    x = cat([u, i], 1)                       a = linear(u, W[:, :3])
+    y = linear(x, W, b)                      c = linear(i, W[:, 3:], b)
+                                             y = add(a, c)
+
+The graph is walked once, in order. Each value is kept in the form in which it is cheapest to continue
+(see `forms`): a concatenation or a sum of both sides is not carried out until something needs it whole.
+An op says what it makes of forms (`split_*`); one with nothing to say gets its operands whole.
+
+Postcondition: still an impression-level graph, equal to its input on any batch, whatever the annotation
+said. What was tried, and what it was thought to gain, is in `Split.candidates`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from passes.build import Builder
+from passes.forms import Form, Whole
+from passes.functionalize import EFFECT, is_effect
+from passes.normalize import AUTOCAST
+from passes.price import Candidate, Price
+from roo_rewrite.capture import Captured
+from roo_rewrite.cost import device_of
+from roo_rewrite.errors import NotRowWise
+
+aten = torch.ops.aten
+Mode = Literal["priced", "always", "never"]
+Handler = Callable[["Splitter", "Application"], "Form | list[Form] | None"]
+HANDLERS: dict[str, Handler] = {}
+
+
+def handles(*ops: str) -> Callable[[Handler], Handler]:
+    """Registers what an op makes of forms; a second handler for an op is an error."""
+
+    def register(handler: Handler) -> Handler:
+        for op in ops:
+            if op in HANDLERS:
+                raise ValueError(f"{op} has a form handler already")
+            HANDLERS[op] = handler
+        return handler
+
+    return register
+
+
+@dataclass(frozen=True)
+class Application:
+    """An op applied to forms: `named` holds its arguments by schema name, tensors as Forms."""
+
+    target: OpOverload
+    named: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.named[name]
+
+    def form(self, name: str) -> Form:
+        """The tensor argument `name`."""
+        found = self.named[name]
+        assert isinstance(found, Form)
+        return found
+
+    def replaced(self, /, **changes: Any) -> Application:
+        """The same op with other arguments."""
+        return Application(self.target, {**self.named, **changes})
+
+    def arguments(self, convert: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Any]]:
+        """(args, kwargs) of the call, defaults left out, every value through `convert`."""
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        skipped = False
+        for argument in self.target._schema.arguments:
+            value = self.named[argument.name]
+            if argument.has_default_value() and not isinstance(value, Form) and value == argument.default_value:
+                skipped = True
+            elif argument.kwarg_only or skipped:
+                kwargs[argument.name] = convert(value)
+            else:
+                args.append(convert(value))
+        return args, kwargs
+
+
+def _load() -> None:
+    """Importing the handler modules registers them."""
+    for name in ("blocks", "views", "sums", "linear", "products", "reductions", "norms"):
+        importlib.import_module(f"passes.split_{name}")
+
+
+@dataclass
+class Split:
+    """The result: what was considered, in order."""
+
+    candidates: list[Candidate] = field(default_factory=list)
+
+
+def split(captured: Captured, fanout: float, mode: Mode = "priced") -> Split:
+    """Splits the annotated graph of `captured` in place; annotate it again afterwards."""
+    _load()
+    splitter = Splitter(captured, Price(device_of(captured), fanout, captured.batch, mode))
+    if mode != "never":
+        captured.graph = splitter.run()
+    return Split(splitter.price.candidates)
+
+
+class Splitter:
+    """One walk over the graph."""
+
+    def __init__(self, captured: Captured, price: Price):
+        self.captured = captured
+        self.price = price
+        self.builder = Builder(captured)
+        self.forms: dict[Node, Form | list[Form]] = {}
+        self.copies: dict[Node, Node] = {}
+
+    def run(self) -> torch.fx.Graph:
+        """The split graph."""
+        for node in self.captured.graph.nodes:
+            self.builder.origin = node
+            if node.op == "output":
+                self.builder.graph.output(torch.fx.map_arg(node.args[0], self.node_of))
+            else:
+                self._visit(node)
+        graph = self.builder.graph
+        graph.eliminate_dead_code(is_impure_node=_keeps)
+        graph.lint()
+        return graph
+
+    def node_of(self, old: Node) -> Node:
+        """The new node with the whole value of `old`."""
+        if old not in self.copies:
+            form = self.forms[old]
+            assert isinstance(form, Form), f"{old} has several values"
+            self.copies[old] = self.builder.whole(form)
+        return self.copies[old]
+
+    def _visit(self, node: Node) -> None:
+        if node.target is operator.getitem and isinstance(self.forms.get(node.args[0]), list):  # type: ignore[arg-type]
+            self.forms[node] = self.forms[node.args[0]][node.args[1]]  # type: ignore[index]
+            return
+        result = self._split(node) if _may_split(node) else None
+        if result is not None:
+            self.forms[node] = result
+            return
+        made = self._size(node)
+        if made is None:
+            made = self.builder.graph.node_copy(node, self.node_of)
+            self.builder.adopt(made, node)
+        self.copies[node] = made
+        if isinstance(node.meta.get("val"), Tensor):
+            self.forms[node] = Whole(made)
+
+    def _size(self, node: Node) -> Node | None:
+        """The size of a value that is not carried out, without carrying it out."""
+        if node.target is not aten.sym_size.int or isinstance(self.forms.get(node.args[0]), Whole):  # type: ignore[arg-type]
+            return None
+        size = node.meta["val"]
+        return self.builder.size(size) if isinstance(size, torch.SymInt) else None
+
+    def _split(self, node: Node) -> Form | list[Form] | None:
+        inputs = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, list, tuple))]
+        if any(not isinstance(self.forms.get(n), Form) for n in inputs):
+            return None
+        plain = all(isinstance(self.forms[n], Whole) for n in inputs)
+        if plain and str(node.target) not in HANDLERS:
+            return None
+        application = self._application(node)
+        handler = HANDLERS.get(str(node.target))
+        result = handler(self, application) if handler is not None else None
+        return result if result is not None or plain else self.blockwise(application)
+
+    def _application(self, node: Node) -> Application:
+        def convert(value: Any) -> Any:
+            if isinstance(value, Node):
+                form = self.forms.get(value)
+                return form if isinstance(form, Form) else self.node_of(value)
+            return [convert(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+        assert isinstance(node.target, OpOverload)
+        named: dict[str, Any] = {}
+        for i, argument in enumerate(node.target._schema.arguments):
+            value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name, argument.default_value)
+            named[argument.name] = convert(value)
+        return Application(node.target, named)
+
+    # -- for handlers
+
+    def apply(self, application: Application) -> Form:
+        """The op on these forms, in the best form known. One tensor out."""
+        handler = HANDLERS.get(str(application.target))
+        result = handler(self, application) if handler is not None else None
+        if result is None:
+            result = self.blockwise(application)
+        if result is None:
+            result = self.plain(application)
+        assert isinstance(result, Form)
+        return result
+
+    def op(self, target: OpOverload, *args: Any) -> Form:
+        """`apply` with positional arguments."""
+        names = [a.name for a in target._schema.arguments]
+        named = {a.name: a.default_value for a in target._schema.arguments}
+        return self.apply(Application(target, {**named, **dict(zip(names, args))}))
+
+    def plain(self, application: Application) -> Form:
+        """The op on its operands carried out."""
+        args, kwargs = application.arguments(self.carry_out)
+        return Whole(self.builder.call(application.target, *args, **kwargs))
+
+    def carry_out(self, value: Any) -> Any:
+        """Forms, in lists too, as nodes."""
+        if isinstance(value, Form):
+            return self.builder.whole(value)
+        return [self.carry_out(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    def blockwise(self, application: Application) -> Form | list[Form] | None:
+        """The op part by part, where a row rule says it may; None where it may not."""
+        from passes.split_blocks import blockwise
+
+        try:
+            return blockwise(self, application)
+        except NotRowWise:
+            return None
+
+
+def _may_split(node: Node) -> bool:
+    return (
+        isinstance(node.target, OpOverload)
+        and EFFECT not in node.meta
+        and AUTOCAST not in node.meta
+        and isinstance(node.meta.get("val"), (Tensor, list, tuple))
+        and node.target is not torch.ops.roo.leaf.default
+        and not _random(node)
+    )
+
+
+def _random(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and bool(
+        node.target is not aten.dropout.default or (node.args[1] and node.args[2])
+    )
+
+
+def _keeps(node: Node) -> bool:
+    trains = node.target is aten.batch_norm.default and bool(node.args[5])
+    return is_effect(node) or trains or (isinstance(node.target, OpOverload) and _random(node))

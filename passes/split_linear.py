@@ -1,0 +1,235 @@
+"""Linear maps of both sides.
+
+    linear(cat[E a, c], W)       =  E linear(a, Wa) + linear(c, Wc)
+    linear(E a - c, W)           =  E linear(a, W) - linear(c, W)
+    linear(cat[q, k, q-k, q*k])  =  q(W1 + W3) + k(W2 - W3) + (q*k)W4
+
+The input falls apart into atoms: coefficient times columns of one node, and the columns of the weight
+they meet. Atoms of one node share a product (their weights are added); atoms of one side and shape are
+put side by side, so that each side has one contiguous block. Weight slices are taken in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from passes.forms import (
+    Blocks,
+    Expanded,
+    Filled,
+    Form,
+    Picked,
+    Sum,
+    Whole,
+    dtype_of,
+    is_static,
+    provenance,
+    same_shape,
+    same_size,
+)
+from passes.split import Application, Splitter, handles
+from roo_rewrite.facts import Provenance
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Atom:
+    """`coefficient * pick(node, index)` meets columns `columns` of the weight. index None: all entries."""
+
+    coefficient: float
+    node: Node
+    index: tuple[int, ...] | None
+    columns: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Atoms that share one product: operands side by side, and for each the weights it meets."""
+
+    side: Provenance
+    lead: tuple[object, ...]
+    atoms: tuple[Atom, ...]
+
+    @property
+    def inner(self) -> int:
+        """Entries contracted."""
+        return sum(len(columns[0]) for columns in self.operands().values())
+
+    def operands(self) -> dict[tuple[Node, tuple[int, ...] | None], list[tuple[int, ...]]]:
+        """Operand -> the weight columns it meets, one entry an atom."""
+        out: dict[tuple[Node, tuple[int, ...] | None], list[tuple[int, ...]]] = {}
+        for atom in self.atoms:
+            out.setdefault((atom.node, atom.index), []).append(atom.columns)
+        return out
+
+
+def atoms_of(s: Splitter, form: Form, columns: tuple[int, ...], coefficient: float = 1.0) -> list[Atom]:
+    """A form contracted over its last dim against these weight columns, as atoms."""
+    last = form.ndim - 1
+    match form:
+        case Blocks(dim, parts) if dim == last:
+            out, start = [], 0
+            for part, size in zip(parts, form.sizes):
+                out += atoms_of(s, part, columns[start : start + size], coefficient)
+                start += size
+            return out
+        case Sum(terms, _) if all(same_size(t.shape[-1], form.shape[-1]) for _, t in terms):
+            return [a for c, t in terms for a in atoms_of(s, t, columns, coefficient * c)]
+        case Expanded(inner, _) if same_size(inner.shape[-1], form.shape[-1]):
+            return atoms_of(s, inner, columns, coefficient)
+        case Picked(base, dim, index) if dim == last:
+            return [Atom(coefficient, base.node, index, columns)]
+        case Filled(value, _, _) if value == 0:
+            return []
+        case _:
+            return [Atom(coefficient, s.builder.whole(form), None, columns)]
+
+
+def grouped(atoms: Sequence[Atom]) -> list[Group]:
+    """Atoms by side and leading shape, request side first."""
+    groups: list[Group] = []
+    for atom in atoms:
+        lead = tuple(atom.node.meta["val"].shape[:-1])
+        early = side(atom.node) is not Provenance.IMPRESSION
+        for i, group in enumerate(groups):
+            if (group.side is not Provenance.IMPRESSION) == early and same_shape(group.lead, lead):
+                groups[i] = Group(max(group.side, side(atom.node)), lead, (*group.atoms, atom))
+                break
+        else:
+            groups.append(Group(side(atom.node), lead, (atom,)))
+    return sorted(groups, key=lambda g: g.side is Provenance.IMPRESSION)
+
+
+def side(node: Node) -> Provenance:
+    """The side a node is computed on."""
+    return provenance(Whole(node))
+
+
+@handles("aten.linear.default")
+def linear(s: Splitter, app: Application) -> Form | None:
+    """x [..., K] with weight [N, K], x in blocks or terms over K."""
+    x, weight, bias = app.form("input"), app.form("weight"), app["bias"]
+    if not isinstance(weight, Whole) or weight.ndim != 2 or not (bias is None or isinstance(bias, Whole)):
+        return None
+    from passes.split_norms import Normalized, linear_of_normalized
+
+    if isinstance(x, Normalized):
+        return linear_of_normalized(s, x, weight, bias)
+    if not (isinstance(x, Sum) or (isinstance(x, Blocks) and x.dim == x.ndim - 1)):
+        return None
+    return product(s, x, weight.node, None if bias is None else bias.node)
+
+
+def product(s: Splitter, x: Form, weight: Node, bias: Node | None) -> Form | None:
+    """The linear map of x by groups, if that pays."""
+    if dtype_of(x) != weight.meta["val"].dtype:
+        return None
+    n, k = (int(v) for v in weight.meta["val"].shape)
+    groups = grouped(atoms_of(s, x, tuple(range(k))))
+    shape = (*x.shape[:-1], n)
+    if not groups or not _pays(s, x, groups, shape, k):
+        return None
+    terms = []
+    for i, group in enumerate(groups):
+        with_bias = bias if i == 0 else None
+        terms.append((1.0, Whole(_multiply(s, group, weight, with_bias))))
+    return Sum(tuple(terms), shape)
+
+
+def _pays(s: Splitter, x: Form, groups: Sequence[Group], shape: tuple[object, ...], k: int) -> bool:
+    price, impression = s.price, Provenance.IMPRESSION
+    before = price.product(shape, k, impression) + price.move(x.shape)
+    n = shape[-1]
+    after = sum(price.product((*g.lead, n), g.inner, g.side) for g in groups)
+    after += sum(price.move((*g.lead, g.inner), g.side) for g in groups if len(g.operands()) > 1)
+    after += sum(price.move((*g.lead, n), impression, 1.0) for g in groups if g.side is not impression)
+    after += price.move(shape) * (len(groups) - 1) + price.start(2 * len(groups) - 2)
+    where = s.builder.origin.name if s.builder.origin is not None else ""
+    sides = ", ".join(f"{g.inner} of {k} columns per {_unit(g.side)}" for g in groups)
+    return price.take(f"linear: {sides}", before, after, where)
+
+
+def _unit(side: Provenance) -> str:
+    return "impression" if side is Provenance.IMPRESSION else "request"
+
+
+def _multiply(s: Splitter, group: Group, weight: Node, bias: Node | None) -> Node:
+    """One product: operands side by side, their weights likewise."""
+    by_operand: dict[tuple[Node, tuple[int, ...] | None], list[Atom]] = {}
+    for atom in group.atoms:
+        by_operand.setdefault((atom.node, atom.index), []).append(atom)
+    operands, weights = [], []
+    for (node, index), atoms in _merged(by_operand):
+        last = len(group.lead)
+        operands.append(node if index is None else s.builder.pick(node, last, index))
+        weights.append(_weight(s, weight, atoms))
+    x = s.builder.cat(operands, len(group.lead))
+    plain = [a for atoms in by_operand.values() for a in atoms]
+    if len(plain) == len(by_operand) and all(a.coefficient == 1 for a in plain):
+        # Nothing was added: the columns of the weight, each once, in the order of the operands.
+        columns = [c for _, atoms in _merged(by_operand) for c in atoms[0].columns]
+        return s.builder.call(aten.linear.default, x, s.builder.pick(weight, 1, columns), *_optional(bias))
+    return s.builder.call(aten.linear.default, x, s.builder.cat(weights, 1), *_optional(bias))
+
+
+def _merged(
+    by_operand: dict[tuple[Node, tuple[int, ...] | None], list[Atom]],
+) -> list[tuple[tuple[Node, tuple[int, ...] | None], list[Atom]]]:
+    """Single picks of one node become one pick."""
+    out: list[tuple[tuple[Node, tuple[int, ...] | None], list[Atom]]] = []
+    place: dict[Node, int] = {}
+    for (node, index), atoms in by_operand.items():
+        lone = index is not None and len(atoms) == 1 and atoms[0].coefficient == 1
+        if lone and node in place:
+            at = place[node]
+            (_, before), (first,) = out[at]
+            assert before is not None
+            assert index is not None
+            joined = (*before, *index)
+            out[at] = ((node, joined), [Atom(1.0, node, joined, (*first.columns, *atoms[0].columns))])
+            continue
+        if lone:
+            place[node] = len(out)
+        out.append(((node, index), atoms))
+    return out
+
+
+def _optional(bias: Node | None) -> list[Node]:
+    return [] if bias is None else [bias]
+
+
+def _weight(s: Splitter, weight: Node, atoms: Sequence[Atom]) -> Node:
+    """The sum of the weight columns the atoms of one operand meet."""
+    terms = tuple((a.coefficient, Picked(Whole(weight), 1, a.columns)) for a in atoms)
+    if len(terms) == 1 and terms[0][0] == 1:
+        return s.builder.whole(terms[0][1])
+    return s.builder.whole(Sum(terms, (weight.meta["val"].shape[0], len(atoms[0].columns))))
+
+
+@handles("aten.addmm.default")
+def addmm(s: Splitter, app: Application) -> Form | None:
+    """bias + x @ weight, as a linear map."""
+    x, y, bias = app.form("mat1"), app.form("mat2"), app.form("self")
+    plain = app["beta"] == 1 and app["alpha"] == 1
+    if not isinstance(x, (Blocks, Sum)) or not isinstance(y, Whole) or not isinstance(bias, Whole) or not plain:
+        return None
+    if bias.ndim != 1 or (isinstance(x, Blocks) and x.dim != 1):
+        return None
+    return product(s, x, s.builder.call(aten.t.default, y.node), bias.node)
+
+
+@handles("aten.mm.default", "aten.matmul.default")
+def matmul(s: Splitter, app: Application) -> Form | None:
+    """x @ matrix is a linear map; other products are in `split_products`."""
+    from passes.split_products import bilinear
+
+    x, y = app.form("self"), app.form("mat2" if str(app.target) == "aten.mm.default" else "other")
+    over_last = isinstance(x, Sum) or (isinstance(x, Blocks) and x.dim == x.ndim - 1)
+    if over_last and isinstance(y, Whole) and y.ndim == 2 and all(is_static(v) for v in y.shape) and x.ndim > 1:
+        return product(s, x, s.builder.call(aten.t.default, y.node), None)
+    return bilinear(s, app, x, y)

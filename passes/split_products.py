@@ -1,0 +1,139 @@
+"""Products of two values that both have structure: pairs, scores, einsums.
+
+    bmm(T, T')        T = cat[E a, c] along a row dim: a grid of products, the request-request cell moves
+    bmm(x, y)         x, y cut along the contracted dim: a sum of products of pieces
+
+Every product is an einsum of letters; a piece is cut along one letter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
+from passes.split import Application, Splitter, handles
+from passes.split_blocks import cut_form, refined
+from roo_rewrite.facts import Provenance
+from roo_rewrite.rules.matmul import spelled_out
+
+aten = torch.ops.aten
+Emit = Callable[[Form, Form], Form]
+_LETTERS = "abcdefgh"
+
+
+def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
+    """A product of two forms; None where no piece of it would move."""
+    if isinstance(x, Whole) and isinstance(y, Whole):
+        return None
+    letters = _letters(app, x, y)
+    if letters is None:
+        return None
+
+    def emit(a: Form, b: Form) -> Form:
+        names = [n for n, v in app.named.items() if v is x or v is y]
+        if str(app.target) == "aten.einsum.default":
+            return s.plain(app.replaced(tensors=[a, b]))
+        first, second = (names[0], names[-1]) if len(names) > 1 else ("self", "mat2")
+        return s.plain(app.replaced(**{first: a, second: b}))
+
+    x, y = _simple(s, x), _simple(s, y)
+    mark = len(s.price.candidates)
+    made = _contract(s, x, y, letters, emit)
+    if made is None or not _moves(made):
+        del s.price.candidates[mark:]
+        return None
+    return made
+
+
+def _simple(s: Splitter, form: Form) -> Form:
+    """Sums and picks are carried out; blocks stay."""
+    return form if isinstance(form, (Blocks, Expanded, Whole, Filled)) else Whole(s.builder.whole(form))
+
+
+def _moves(form: Form) -> bool:
+    """Whether some piece depends on the request alone."""
+    parts = form.parts if isinstance(form, Blocks) else [t for _, t in form.terms] if isinstance(form, Sum) else [form]
+    if isinstance(form, (Blocks, Sum)):
+        return any(_moves(p) for p in parts)
+    if isinstance(form, Expanded):
+        return True
+    return provenance(form) is not Provenance.IMPRESSION
+
+
+def _letters(app: Application, x: Form, y: Form) -> tuple[str, str, str] | None:
+    """The product as an einsum: letters of x, of y, and of the result."""
+    match str(app.target):
+        case "aten.bmm.default":
+            return "bik", "bkj", "bij"
+        case "aten.mm.default":
+            return "ik", "kj", "ij"
+        case "aten.einsum.default":
+            left, right = spelled_out(app["equation"], [x.ndim, y.ndim]).split("->")
+            first, second = left.split(",")
+            return None if len(set(first)) < len(first) or len(set(second)) < len(second) else (first, second, right)
+        case "aten.matmul.default" if x.ndim == y.ndim and x.ndim >= 2:
+            lead = _LETTERS[: x.ndim - 2]
+            if not all(same_size(a, b) for a, b in zip(x.shape[:-2], y.shape[:-2])):
+                return None
+            return f"{lead}ik", f"{lead}kj", f"{lead}ij"
+    return None
+
+
+def _contract(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], emit: Emit) -> Form | None:
+    """The product of forms, cut along the letters their blocks lie on."""
+    if isinstance(x, Filled) or isinstance(y, Filled):
+        return _filled(x, y, letters)
+    cut = _next_cut(x, y, letters)
+    if cut is None:
+        x, y = (Whole(s.builder.whole(f)) for f in (x, y))
+        return emit(x, y)
+    sizes = refined([f.sizes for f, names in zip((x, y), letters) if isinstance(f, Blocks) and names[f.dim] == cut])
+    parts, start = [], 0
+    for size in sizes:
+        pieces = []
+        for form, names in zip((x, y), letters):
+            if cut in names:
+                form = cut_form(s, form, names.index(cut), start, start + size)
+            pieces.append(form if isinstance(form, (Blocks, Expanded, Filled, Whole)) else Whole(s.builder.whole(form)))
+        part = _contract(s, pieces[0], pieces[1], letters, emit)
+        if part is None:
+            return None
+        parts.append(part)
+        start += size
+    if cut in letters[2]:
+        return parts[0] if len(parts) == 1 else Blocks(letters[2].index(cut), tuple(parts))
+    kept = [p for p in parts if not (isinstance(p, Filled) and p.value == 0)]
+    return Sum(tuple((1.0, p) for p in kept), parts[0].shape) if len(kept) > 1 else (kept or parts)[0]
+
+
+def _next_cut(x: Form, y: Form, letters: tuple[str, str, str]) -> str | None:
+    """A letter some operand is cut along: kept letters first, so that sums stay innermost."""
+    found = [names[f.dim] for f, names in zip((x, y), letters) if isinstance(f, Blocks)]
+    kept = [c for c in found if c in letters[2]]
+    return (kept or found or [None])[0]  # type: ignore[list-item]
+
+
+def _filled(x: Form, y: Form, letters: tuple[str, str, str]) -> Form | None:
+    """A product with zeros is zeros."""
+    zero = x if isinstance(x, Filled) else y
+    assert isinstance(zero, Filled)
+    if zero.value != 0:
+        return None
+    sizes = {c: n for f, names in zip((x, y), letters) for c, n in zip(names, f.shape)}
+    return Filled(0.0, tuple(sizes[c] for c in letters[2]), zero.like)
+
+
+@handles("aten.bmm.default")
+def bmm(s: Splitter, app: Application) -> Form | None:
+    """A batch of products of blocks."""
+    return bilinear(s, app, app.form("self"), app.form("mat2"))
+
+
+@handles("aten.einsum.default")
+def einsum(s: Splitter, app: Application) -> Form | None:
+    """An einsum of two operands."""
+    tensors = app["tensors"]
+    if len(tensors) != 2:
+        return None
+    return bilinear(s, app, tensors[0], tensors[1])

@@ -1,0 +1,88 @@
+"""Reductions over a cut dim: the same over each part, then combined.
+
+sum(cat[E a, c], d)   =  E sum(a, d) + sum(c, d)
+amax(cat[E a, c], d)  =  max(E amax(a, d), amax(c, d))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from passes.forms import Blocks, Expanded, Form, Sum, dtype_of, is_static, provenance, same_size
+from passes.split import Application, Splitter, handles
+from roo_rewrite.facts import Provenance
+
+aten = torch.ops.aten
+
+
+@handles("aten.sum.dim_IntList", "aten.mean.dim")
+def total(s: Splitter, app: Application) -> Form | None:
+    """A sum or mean over a cut dim is the sum of those of each side, weighted for a mean."""
+    x = app.form("self")
+    dims = _dims(app, x)
+    if dims is None or app.named.get("dtype") not in (None, dtype_of(x)):
+        return None
+    if isinstance(x, Sum):
+        return _of_terms(s, app, x, dims)
+    if not isinstance(x, Blocks) or x.dim not in dims or not dtype_of(x).is_floating_point:
+        return None
+    parts = by_side(s, x)
+    results = [s.apply(app.replaced(self=p)) for p in parts]
+    whole = sum(int(p.shape[x.dim]) for p in parts)
+    mean = str(app.target).startswith("aten.mean")
+    weights = [int(p.shape[x.dim]) / whole if mean else 1.0 for p in parts]
+    return Sum(tuple(zip(weights, results)), results[0].shape)
+
+
+def _of_terms(s: Splitter, app: Application, x: Sum, dims: Sequence[int]) -> Form | None:
+    """A sum of terms is reduced term by term, where every term has the reduced dims."""
+    for _, term in x.terms:
+        if term.ndim != x.ndim or any(not same_size(term.shape[d], x.shape[d]) for d in dims):
+            return None
+        if isinstance(term, Expanded):
+            return None
+    made = tuple((c, s.apply(app.replaced(self=t))) for c, t in x.terms)
+    shape = max((f.shape for _, f in made), key=lambda shape: sum(not is_static(n) or n > 1 for n in shape))
+    return Sum(made, shape)
+
+
+def by_side(s: Splitter, x: Blocks) -> list[Form]:
+    """The parts of each side as one part, request side first. Their order along the cut dim is lost."""
+    sides: dict[bool, list[Form]] = {True: [], False: []}
+    for part in x.parts:
+        sides[provenance(part) is not Provenance.IMPRESSION].append(part)
+    out: list[Form] = []
+    for parts in sides.values():
+        if parts:
+            out.append(parts[0] if len(parts) == 1 else s.op(aten.cat.default, parts, x.dim))
+    return out
+
+
+@handles("aten.amax.default", "aten.amin.default", "aten.any.dim", "aten.all.dim", "aten.prod.dim_int")
+def chained(s: Splitter, app: Application) -> Form | None:
+    """A reduction that is associative and commutative, combined pairwise."""
+    x = app.form("self")
+    dims = _dims(app, x)
+    if not isinstance(x, Blocks) or dims is None or x.dim not in dims:
+        return None
+    combine = {
+        "aten.amax.default": aten.maximum.default,
+        "aten.amin.default": aten.minimum.default,
+        "aten.any.dim": aten.logical_or.default,
+        "aten.all.dim": aten.logical_and.default,
+        "aten.prod.dim_int": aten.mul.Tensor,
+    }[str(app.target)]
+    result, *rest = [s.apply(app.replaced(self=p)) for p in by_side(s, x)]
+    for other in rest:
+        result = s.op(combine, result, other)
+    return result
+
+
+def _dims(app: Application, x: Form) -> list[int] | None:
+    dims: Any = app["dim"]
+    if dims is None or isinstance(dims, int):
+        dims = [dims] if isinstance(dims, int) else []
+    return [d % max(x.ndim, 1) for d in dims] or None

@@ -1,0 +1,120 @@
+"""Sums of both sides: linearity and regrouping.
+
+(E a + c) + E b  =  E(a + b) + c         a sum keeps its terms, request terms are added first
+f(E a + c)       =  f(E a) + f(c)        f linear; taken only where a term is cheap by itself
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from passes.forms import (
+    Blocks,
+    Expanded,
+    Filled,
+    Form,
+    Sum,
+    dtype_of,
+    is_mixed,
+    provenance,
+    same_shape,
+)
+from passes.split import Application, Splitter, handles
+from passes.split_blocks import blockwise, broadcast
+from roo_rewrite.errors import NotRowWise
+from roo_rewrite.facts import Provenance
+
+aten = torch.ops.aten
+
+
+def terms_of(form: Form) -> tuple[tuple[float, Form], ...]:
+    """A form as a sum."""
+    return form.terms if isinstance(form, Sum) else ((1.0, form),)
+
+
+@handles("aten.add.Tensor", "aten.sub.Tensor")
+def add(s: Splitter, app: Application) -> Form | None:
+    """A sum of both sides is kept as its terms."""
+    left, right = app["self"], app["other"]
+    if not isinstance(left, Form) or not isinstance(right, Form) or not isinstance(app["alpha"], (int, float)):
+        return None
+    if dtype_of(left) != dtype_of(right) or not dtype_of(left).is_floating_point:
+        return None
+    if any(isinstance(f, Blocks) for f in (left, right)):
+        return _blocks(s, app)
+    sign = float(app["alpha"]) * (-1.0 if str(app.target).startswith("aten.sub") else 1.0)
+    terms = (*terms_of(left), *((sign * c, t) for c, t in terms_of(right)))
+    made = Sum(terms, broadcast([left.shape, right.shape]))
+    if any(isinstance(t, (Blocks, Filled)) for _, t in terms) or not _worth(made):
+        return None
+    return made
+
+
+def _blocks(s: Splitter, app: Application) -> Form | None:
+    try:
+        return blockwise(s, app)
+    except NotRowWise:
+        return None
+
+
+def _worth(form: Sum) -> bool:
+    """Whether keeping the terms apart can gain anything: both sides, or a term that is only expanded."""
+    return is_mixed(form) or any(isinstance(t, Expanded) for _, t in form.terms)
+
+
+@handles("aten.rsub.Scalar", "aten.neg.default", "aten.mul.Scalar", "aten.div.Scalar")
+def scale(s: Splitter, app: Application) -> Form | None:
+    """A sum scaled by a number, term by term."""
+    x = app.form("self")
+    if not isinstance(x, Sum):
+        return None
+    match str(app.target):
+        case "aten.neg.default":
+            factor: Any = -1.0
+        case "aten.mul.Scalar":
+            factor = app["other"]
+        case "aten.div.Scalar":
+            factor = 1.0 / app["other"] if isinstance(app["other"], (int, float)) and app["other"] else None
+        case _:
+            factor = None
+    return scaled(x, factor) if isinstance(factor, (int, float)) else None
+
+
+@handles("aten.mul.Tensor", "aten.div.Tensor")
+def multiply(s: Splitter, app: Application) -> Form | None:
+    """A sum times a number; anything else is pointwise."""
+    x, y = app["self"], app["other"]
+    if isinstance(x, Sum) and isinstance(y, (int, float)) and not isinstance(y, bool) and y:
+        return scaled(x, float(y) if str(app.target).startswith("aten.mul") else 1.0 / float(y))
+    return None
+
+
+def scaled(form: Sum, factor: float) -> Sum:
+    """Each term of a sum times a number."""
+    return Sum(tuple((c * factor, t) for c, t in form.terms), form.shape)
+
+
+@handles(
+    "aten.transpose.int",
+    "aten.permute.default",
+    "aten.unsqueeze.default",
+    "aten.squeeze.dim",
+    "aten.squeeze.dims",
+    "aten.t.default",
+)
+def view(s: Splitter, app: Application) -> Form | None:
+    """A view of a sum is the sum of views, where every term has all dims."""
+    x = app.form("self")
+    if not isinstance(x, Sum) or any(not same_shape(t.shape, x.shape) for _, t in x.terms):
+        return None
+    made = tuple((c, s.apply(app.replaced(self=t))) for c, t in x.terms)
+    return Sum(made, made[0][1].shape)
+
+
+def by_side(form: Sum) -> dict[bool, list[tuple[float, Form]]]:
+    """The terms of the request side (True) and of the impression side (False)."""
+    sides: dict[bool, list[tuple[float, Form]]] = {True: [], False: []}
+    for coefficient, term in form.terms:
+        sides[provenance(term) is not Provenance.IMPRESSION].append((coefficient, term))
+    return sides

@@ -1,0 +1,146 @@
+"""Reshapes of parts: a cut dim that is kept, merged or unmerged where the cut falls on a boundary stays cut.
+
+[B, F*D] cut at 3*D   -> view [B, F, D]   cut at 3
+[B, F, D] cut at 3    -> flatten [B, F*D] cut at 3*D
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from passes.forms import Blocks, Expanded, Form, Sum, Whole, hint, is_static, same_size, with_size
+from passes.split import Application, Splitter, handles
+from roo_rewrite.errors import NotRowWise
+from roo_rewrite.facts import Rows
+from roo_rewrite.rules.families import reshaped
+from roo_rewrite.rules.registry import Operand
+
+aten = torch.ops.aten
+
+
+@handles("aten.view.default", "aten.reshape.default")
+def reshape(s: Splitter, app: Application) -> Form | None:
+    """A reshape of parts or of an expanded value."""
+    x = app.form("self")
+    if isinstance(x, Whole):
+        return None
+    sizes = [v.meta["val"] if isinstance(v, Node) else v for v in app.named.get("size", app.named.get("shape"))]
+    return to_shape(s, x, _filled_in(x.shape, sizes))
+
+
+@handles("aten.flatten.using_ints")
+def flatten(s: Splitter, app: Application) -> Form | None:
+    """Dims merged into one."""
+    x = app.form("self")
+    first, last = app["start_dim"] % max(x.ndim, 1), app["end_dim"] % max(x.ndim, 1)
+    if isinstance(x, Whole) or x.ndim == 0:
+        return None
+    merged = _product(x.shape[first : last + 1])
+    return to_shape(s, x, (*x.shape[:first], merged, *x.shape[last + 1 :]))
+
+
+@handles("aten.unflatten.int")
+def unflatten(s: Splitter, app: Application) -> Form | None:
+    """A dim taken apart."""
+    x = app.form("self")
+    if isinstance(x, Whole):
+        return None
+    dim = app["dim"] % x.ndim
+    sizes = [v.meta["val"] if isinstance(v, Node) else v for v in app["sizes"]]
+    inner = _filled_in((x.shape[dim],), sizes)
+    return to_shape(s, x, (*x.shape[:dim], *inner, *x.shape[dim + 1 :]))
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    """A product that stays a plain int where every factor is one."""
+    out: Any = 1
+    for size in sizes:
+        out = size if is_static(out) and out == 1 else out if is_static(size) and size == 1 else out * size
+    return out
+
+
+def _filled_in(before: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, ...]:
+    """`sizes` with its -1 worked out."""
+    if -1 not in [v for v in sizes if is_static(v)]:
+        return tuple(sizes)
+    rest = _product([v for v in sizes if not (is_static(v) and v == -1)])
+    left = list(before)
+    # A batch size on both sides cancels; what is left is static.
+    if not is_static(rest):
+        batch = next((v for v in left if not is_static(v)), None)
+        if batch is not None:
+            left.remove(batch)
+            rest = rest // batch
+            rest = int(rest) if is_static(rest) or rest.node.expr.is_Integer else rest
+    whole = _product(left)
+    missing = whole // rest
+    if isinstance(missing, torch.SymInt) and missing.node.expr.is_Integer:
+        missing = int(missing)
+    return tuple(missing if is_static(v) and v == -1 else v for v in sizes)
+
+
+def to_shape(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None:
+    """A row-major reshape of a form; None where a cut does not fall on a boundary."""
+    if len(shape) == x.ndim and all(same_size(a, b) for a, b in zip(shape, x.shape)):
+        return x
+    if isinstance(x, Blocks):
+        return _blocks(s, x, shape)
+    if isinstance(x, Expanded):
+        return _expanded(s, x, shape)
+    if isinstance(x, Sum):
+        terms = [(c, _same_layout(s, x, t, shape)) for c, t in x.terms]
+        return None if any(t is None for _, t in terms) else Sum(tuple(terms), shape)  # type: ignore[arg-type]
+    return Whole(s.builder.call(aten.reshape.default, s.builder.whole(x), s.builder.sizes(shape)))
+
+
+def _same_layout(s: Splitter, x: Sum, term: Form, shape: tuple[Any, ...]) -> Form | None:
+    full = len(term.shape) == x.ndim and all(same_size(a, b) for a, b in zip(term.shape, x.shape))
+    return to_shape(s, term, shape) if full else None
+
+
+def _blocks(s: Splitter, x: Blocks, shape: tuple[Any, ...]) -> Form | None:
+    """Cut positions are multiples of `unit`; the dim is a batch of units, and goes where that batch goes."""
+    unit = math.gcd(*x.sizes)
+    place = _place(x.shape, x.dim, unit, shape)
+    if place is None:
+        return None
+    parts = []
+    for part, size in zip(x.parts, x.sizes):
+        made = to_shape(s, part, with_size(shape, place.dim, size // unit * place.inner))
+        if made is None:
+            return None
+        parts.append(made)
+    return Blocks(place.dim, tuple(parts))
+
+
+def _place(before: Sequence[Any], dim: int, unit: int, after: Sequence[Any]) -> Rows | None:
+    total = hint(before[dim])
+    operand = Operand(tuple(hint(v) for v in before), Rows(dim, 1, unit))
+    try:
+        place = reshaped(operand, [hint(v) for v in after], total // unit)
+    except NotRowWise:
+        return None
+    if not isinstance(place, Rows) or place.outer != 1 or not is_static(after[place.dim]):
+        return None
+    return place
+
+
+def _expanded(s: Splitter, x: Expanded, shape: tuple[Any, ...]) -> Form | None:
+    """An expanded dim that survives as a dim of its own stays expanded; merged with another it is carried out."""
+    inner_shape = shape
+    for dim in range(x.ndim):
+        if same_size(x.shape[dim], x.form.shape[dim]):
+            continue
+        if not is_static(x.shape[dim]):
+            return None
+        place = _place(x.shape, dim, 1, shape)
+        if place is None or place.inner != 1:
+            return Whole(s.builder.call(aten.reshape.default, s.builder.whole(x), s.builder.sizes(shape)))
+        inner_shape = with_size(inner_shape, place.dim, 1)
+    inner = to_shape(s, x.form, inner_shape)
+    return None if inner is None else Expanded(inner, shape)
