@@ -91,16 +91,43 @@ def cost(node: Node) -> Cost:
     if node.op != "call_function":
         return Cost(0.0, 0.0)
     written = nbytes(node.meta.get("val"))
-    if not isinstance(node.target, OpOverload) or _is_view(node):
+    if not isinstance(node.target, OpOverload) or _is_view(node) or _is_off(node):
         return Cost(0.0, 0.0)
     read = sum(nbytes(n.meta.get("val")) for n in node.all_input_nodes if _is_read(node, n))
     return Cost(flops(node), float(read + written))
+
+
+def traced_cost(captured: Captured) -> Cost:
+    """Of one run of the model as it was traced, before any pass, on the traced batch."""
+    assert isinstance(captured.bodies, torch.fx.GraphModule)
+    return _module_cost(captured.bodies)
+
+
+def _module_cost(owner: torch.fx.GraphModule) -> Cost:
+    total = Cost(0.0, 0.0)
+    for node in owner.graph.nodes:
+        total += cost(node)
+        if not isinstance(node.target, torch._ops.HigherOrderOperator):
+            continue
+        for body in (n for n in node.all_input_nodes if n.op == "get_attr"):
+            module = owner.get_submodule(str(body.target))
+            if isinstance(module, torch.fx.GraphModule):
+                total += _module_cost(module)
+    return total
 
 
 def _is_view(node: Node) -> bool:
     assert isinstance(node.target, OpOverload)
     first = node.target._schema.arguments[0].alias_info if node.target._schema.arguments else None
     return first is not None and not first.is_write
+
+
+def _is_off(node: Node) -> bool:
+    # Dropout outside training.
+    return node.target in _DROPOUTS and not node.args[2]
+
+
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 
 
 def _is_read(node: Node, source: Node) -> bool:
@@ -116,17 +143,22 @@ _LOOKUPS = {
 }
 
 
+def _operands(node: Node) -> list[Tensor]:
+    """The traced tensors a node is called with, one as often as it is given."""
+    found: list[Any] = []
+    torch.fx.map_arg((node.args, node.kwargs), lambda n: found.append(n.meta.get("val")))
+    return [v for v in found if isinstance(v, Tensor)]
+
+
 def flops(node: Node) -> float:
     """FLOPs of a node at the traced batch; a pointwise op counts one an entry."""
     out = sum(numel(t) for t in tensors(node.meta.get("val")))
-    shapes = [
-        [_size(s) for s in n.meta["val"].shape] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)
-    ]
+    shapes = [[_size(s) for s in t.shape] for t in _operands(node)]
     match node.target:
         case aten.linear.default | aten.mm.default | aten.bmm.default | aten.matmul.default | aten.mv.default:
             return 2.0 * out * (shapes[0][-1] if shapes[0] else 1)
         case aten.addmm.default | aten.baddbmm.default:
-            return 2.0 * out * _size(node.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
+            return 2.0 * out * shapes[1][-1]
         case aten.einsum.default | aten.tensordot.default:
             return 2.0 * math.sqrt(float(out) * math.prod(math.prod(s) for s in shapes))
         case aten.conv1d.default | aten.conv2d.default:

@@ -157,7 +157,7 @@ class RequestModel(nn.Module):
     @property
     def report(self) -> Report:
         """What moved, what did not and why, what it saves."""
-        return Report.of(self._whole_program(), self._inputs)
+        return Report.of(self._whole_program(), self._inputs, type(self._original).__name__, self.training)
 
     @property
     def code(self) -> str:
