@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Replicated, RowIndex, Rows
 from roo_rewrite.rules.concat import common
-from roo_rewrite.rules.families import aligned, along, batched, broadcast_shape, shifted, wrap
+from roo_rewrite.rules.families import aligned, batched, broadcast_shape, shifted, wrap
 from roo_rewrite.rules.registry import Call, Operand, case, no_rule, rule
 
-_OTHER_ROWS = "an index picks among the rows of the batch"
+OTHER_ROWS = "an index picks among the rows of the batch"
 
 
 def picked(x: Operand, dim: int, index: Operand) -> Batching:
@@ -28,7 +27,7 @@ def picked(x: Operand, dim: int, index: Operand) -> Batching:
     if x.rows is None:
         return Replicated()
     if x.rows.dim == dim:
-        raise NotRowWise(_OTHER_ROWS)
+        raise NotRowWise(OTHER_ROWS)
     return shifted(x.rows, (index.ndim - 1) * int(dim < x.rows.dim))
 
 
@@ -69,39 +68,10 @@ def index_select(call: Call) -> Batching:
 )
 def gather(call: Call) -> Batching:
     """`out[i][j] = self[index[i][j]][j]` for dim 0: other dims run in step with those of the index."""
-    return _in_step(call, call.operand("index"), [])
+    return in_step(call, call.operand("index"), [])
 
 
-@rule(
-    "aten.scatter.src",
-    "aten.scatter_add.default",
-    cases=[
-        case("B 4", "i:B 1", "B 1", call=lambda n, x, i, s: (x, 1, i, s)),
-        case("4 B", "i:1 B", "1 B", call=lambda n, x, i, s: (x, 0, i, s)),
-        case("B 4", "i:B 4", "B 4", call=lambda n, x, i, s: (x, 0, i, s), declines=True),
-    ],
-)
-@rule(
-    "aten.scatter.value",
-    cases=[
-        case("B 4", "i:B 2", call=lambda n, x, i: (x, 1, i, 5)),
-        case("B 4", "i:3 2", call=lambda n, x, i: (x, 1, i[:n], 5), declines=True),
-    ],
-)
-@rule("aten.scatter.value_reduce", cases=[case("B 4", "i:B 2", call=lambda n, x, i: (x, 1, i, 5, {"reduce": "add"}))])
-@rule(
-    "aten.scatter.reduce", cases=[case("B 4", "i:B 2", "B 2", call=lambda n, x, i, s: (x, 1, i, s, {"reduce": "add"}))]
-)
-@rule(
-    "aten.scatter_reduce.two",
-    cases=[case("B 4", "i:B 2", "B 2", call=lambda n, x, i, s: (x, 1, i, s, "amax"))],
-)
-def scatter(call: Call) -> Batching:
-    """self with entries `index` of dim `dim` overwritten or added to."""
-    return _in_step(call, call.operand("self"), [call.args["src"]] if "src" in call.args else [])
-
-
-def _in_step(call: Call, out: Operand, others: Sequence[Operand]) -> Batching:
+def in_step(call: Call, out: Operand, others: Sequence[Operand]) -> Batching:
     """Ops whose operands run in step along all dims but `dim`; the first entries, where sizes differ."""
     x, index = call.operand("self"), call.operand("index")
     dim = wrap(call["dim"], x.ndim)
@@ -109,7 +79,7 @@ def _in_step(call: Call, out: Operand, others: Sequence[Operand]) -> Batching:
         return index.rows
     rows = common([x, index, *others])
     if rows is not None and rows.dim == dim:
-        raise NotRowWise(_OTHER_ROWS)
+        raise NotRowWise(OTHER_ROWS)
     return batched(rows)
 
 
@@ -128,11 +98,11 @@ def take_along_dim(call: Call) -> Batching:
     x, index = call.operand("self"), call.operand("indices")
     if call["dim"] is None:
         if x.rows is not None:
-            raise NotRowWise(_OTHER_ROWS)
+            raise NotRowWise(OTHER_ROWS)
         return batched(index.rows and Rows(0, *_merged(index)))
     dim = wrap(call["dim"], x.ndim)
     if x.rows is not None and x.rows.dim == dim:
-        raise NotRowWise(_OTHER_ROWS)
+        raise NotRowWise(OTHER_ROWS)
     if index.rows is not None and index.rows.dim == dim and x.rows is None:
         return index.rows
     return batched(aligned([x, index]))
@@ -156,7 +126,7 @@ def take(call: Call) -> Batching:
     return batched(call.operand("index").rows)
 
 
-def _indexed(x: Operand, indices: Sequence[Operand | None]) -> tuple[Operand, int, list[int]]:
+def indexed(x: Operand, indices: Sequence[Operand | None]) -> tuple[Operand, int, list[int]]:
     """Of an advanced index: the broadcast index, where its dims go in the result, and the dims of x it takes."""
     taken: list[int] = []
     given: list[Operand] = []
@@ -181,7 +151,7 @@ def _one_index(x: Operand, given: Sequence[Operand], taken: Sequence[int]) -> Op
     rows = x.rows
     if rows is not None and rows.dim in taken:
         if len(given) != len(taken) or not is_row_index(given[list(taken).index(rows.dim)], rows, rows.dim):
-            raise NotRowWise(_OTHER_ROWS)
+            raise NotRowWise(OTHER_ROWS)
         at = list(taken).index(rows.dim)
         number = given[at].batching
         assert isinstance(number, RowIndex)
@@ -216,78 +186,13 @@ _MASK_CASES = [
 def index(call: Call) -> Batching:
     """Advanced indexing: the dims taken give way to those of the indices, or these come first."""
     x = call.operand("self")
-    found, at, taken = _indexed(x, call["indices"])
+    found, at, taken = indexed(x, call["indices"])
     if found.rows is not None:
         return shifted(found.rows, at)
     if x.rows is None:
         return Replicated()
     before = sum(d < x.rows.dim for d in taken)
     return shifted(x.rows, found.ndim * int(at <= x.rows.dim - before) - before)
-
-
-@rule(
-    "aten.index_put.default",
-    special=(RowIndex,),
-    cases=[
-        case("B 4", "b:B 4", call=lambda n, x, m: (x, [m], torch.tensor(9.0).to(x))),
-        case("B 4", "b:B", call=lambda n, x, m: (x, [m], torch.tensor([9.0]).to(x))),
-        case("B 4", "i:2", "2", call=lambda n, x, i, v: (x, [None, i], v[:1])),
-        case("B 4", "#B", "i:B", "B", call=lambda n, x, r, i, v: (x, [r, i], v)),
-        case("B 4", "#B", "i:B", call=lambda n, x, r, i: (x, [r, i], torch.tensor(9.0).to(x))),
-        case("B 4", "i:2", call=lambda n, x, i: (x, [i], torch.tensor(9.0).to(x)), declines=True),
-    ],
-)
-def index_put(call: Call) -> Batching:
-    """self with the entries at an advanced index overwritten or added to."""
-    x, values, indices = call.operand("self"), call.operand("values"), call["indices"]
-    if _is_row_mask(x, indices) and values.rows is None and set(values.shape) <= {1}:
-        return batched(x.rows)
-    where = index(replace(call, args={"self": x, "indices": indices}))
-    if x.rows is None and (where != Replicated() or values.rows is not None):
-        raise NotRowWise("rows of the batch write into one value")
-    found, _, taken = _indexed(x, indices)
-    target = Operand((1,) * (found.ndim + x.ndim - len(taken)), where)
-    if aligned([target, values]) != target.rows:
-        raise NotRowWise("the batch lies in different dims of the operands")
-    return batched(x.rows)
-
-
-def _is_row_mask(x: Operand, indices: Sequence[Any]) -> bool:
-    """Whether the index is one mask over the first dims of x, with the same batch."""
-    mask = next(iter(indices)) if len(indices) == 1 else None
-    return mask is not None and mask.dtype == torch.bool and mask.rows is not None and mask.rows == x.rows
-
-
-_ONE_DIM = [
-    case("B 4", "i:2", "B 2", call=lambda n, x, i, s: (x, 1, i, s)),
-    case("4 B", "i:2", "2 B", call=lambda n, x, i, s: (x, 0, i, s)),
-    case("B 4", "i:2", "2 4", call=lambda n, x, i, s: (x, 0, i, s), declines=True),
-]
-
-
-@rule("aten.index_add.default", "aten.index_copy.default", cases=_ONE_DIM)
-def index_add(call: Call) -> Batching:
-    """Entries `index` of one dim overwritten or added to, the other dims in step."""
-    call.replicated("index")
-    x = call.operand("self")
-    rows = common([x, call.operand("source")])
-    if rows is not None and rows.dim == wrap(call["dim"], x.ndim):
-        raise NotRowWise(_OTHER_ROWS)
-    return batched(rows)
-
-
-@rule(
-    "aten.index_fill.int_Scalar",
-    cases=[
-        case("B 4", "i:2", call=lambda n, x, i: (x, 1, i, 5)),
-        case("B 4", "i:2", call=lambda n, x, i: (x, 0, i, 5), declines=True),
-    ],
-)
-@rule("aten.index_fill.int_Tensor", cases=[case("4 B", "i:2", "", call=lambda n, x, i, v: (x, 0, i, v))])
-def index_fill(call: Call) -> Batching:
-    """Entries `index` of one dim set to a number."""
-    call.replicated("index", "value")
-    return along(call, call["dim"], what=_OTHER_ROWS)
 
 
 @rule(

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import sys
-from dataclasses import replace
 from functools import partial
 
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching, Offsets, Replicated, Rows, Several
-from roo_rewrite.rules.families import along, batched, each, reshaped, shifted, unary, wrap
+from roo_rewrite.facts import Batching, Replicated, Rows
+from roo_rewrite.rules.families import aligned, batched, reshaped, shifted, unary, wrap
 from roo_rewrite.rules.registry import Call, Extent, Operand, case, rule
 
 _SIZES = ("size", "shape", "sizes")
@@ -40,13 +37,26 @@ def _x(call: Call) -> Operand:
 )
 def reshape(call: Call) -> Batching:
     """Row-major renumbering: see `reshaped`."""
-    return reshaped(_x(call), call.out[0], call.batch)
+    sizes = call["size"] if "size" in call.args else call["shape"]
+    return _sized(reshaped(_x(call), call.out[0], call.batch), sizes, 0)
+
+
+def _sized(found: Batching, sizes: list[int], first: int) -> Batching:
+    """The batch, held against the sizes asked for from dim `first` on: only its own may depend on it, or be -1."""
+    at = found.dim - first if isinstance(found, Rows) else -1
+    for i, size in enumerate(sizes):
+        if isinstance(size, Extent) != (i == at) and not (i == at and size == -1):
+            raise NotRowWise("the sizes asked for are not those of the batch")
+    return found
 
 
 @_view("aten.view_as.default", "aten.reshape_as.default", cases=[case("B 6", "B 2 3")])
 def view_as(call: Call) -> Batching:
-    """Row-major renumbering to the shape of `other`, whose batch size is the same."""
-    return reshaped(_x(call), call.out[0], call.batch)
+    """Row-major renumbering to the shape of `other`, whose batch is in the same place."""
+    found = reshaped(_x(call), call.out[0], call.batch)
+    if found != batched(call.operand("other").rows):
+        raise NotRowWise("the batch lies in different dims of the operands")
+    return found
 
 
 @_view(
@@ -68,7 +78,14 @@ def view_as(call: Call) -> Batching:
 )
 def flatten(call: Call) -> Batching:
     """Merging or splitting dims is a row-major renumbering."""
-    return reshaped(_x(call), call.out[0], call.batch)
+    found = reshaped(_x(call), call.out[0], call.batch)
+    sizes = call.args.get("sizes")
+    if sizes is None:
+        return found
+    first = wrap(call["dim"], _x(call).ndim)
+    inside = isinstance(found, Rows) and first <= found.dim < first + len(sizes)
+    _sized(found if inside else Replicated(), sizes, first)
+    return found
 
 
 @_view(
@@ -192,6 +209,8 @@ def expanded(call: Call, x: Operand, size: list[int]) -> Batching:
     """The batch after x is expanded to `size`, -1 for the dims that are kept."""
     grown = [i for i, s in enumerate(size) if isinstance(s, Extent)]
     rows = x.rows and shifted(x.rows, len(size) - x.ndim)
+    if rows is not None and grown != [rows.dim] and size[rows.dim] != -1:
+        raise NotRowWise("the sizes asked for are not those of the batch")
     if rows is None and len(grown) == 1 and size[grown[0]] % call.batch == 0:
         return Rows(grown[0], inner=size[grown[0]] // call.batch)
     if any(rows is None or i != rows.dim for i in grown):
@@ -199,286 +218,10 @@ def expanded(call: Call, x: Operand, size: list[int]) -> Batching:
     return batched(rows)
 
 
-@_view("aten.expand_as.default", cases=[case("B 1", "B 3"), case("1", "B 3"), case("3", "B 3"), case("3 1", "3 4")])
+@_view("aten.expand_as.default", cases=[case("B 1", "B 3"), case("1", "B 3"), case("3", "B 3")])
 def expand_as(call: Call) -> Batching:
     """Expand to the shape of `other`, whose batch is the same or the only one."""
-    x, other = _x(call), call.operand("other")
-    rows = x.rows and shifted(x.rows, other.ndim - x.ndim)
-    if rows is not None and other.rows is not None and rows != other.rows:
-        raise NotRowWise("the batch lies in different dims of the operands")
-    return batched(rows or other.rows)
-
-
-@_view(
-    "aten.slice.Tensor",
-    special=(Offsets,),
-    sizes=("start", "end"),
-    cases=[
-        case("2*B 3", call=lambda n, x: (x, 0, 0, n)),
-        case("offsets", call=lambda n, x: (x, 0, 0, -1)),
-        case("offsets", call=lambda n, x: (x, 0, 1, sys.maxsize)),
-        case("3*B 3", call=lambda n, x: (x, 0, n, 3 * n)),
-        case("3*B 3", call=lambda n, x: (x, 0, n, 2**63 - 1)),
-        case("2*B 3", call=lambda n, x: (x, 0, 1, n + 1), declines=True),
-        case("B 4", call=lambda n, x: (x, 1, 1, 3)),
-        case("B 4", call=lambda n, x: (x, 0, 0, 2**63 - 1)),
-        case("B 4", call=lambda n, x: (x, 0, 0, n)),
-        case("B 4", call=lambda n, x: (x, 0, 1, 2**63 - 1), declines=True),
-    ],
-)
-@_view(
-    "aten.narrow.default",
-    sizes=("start", "length"),
-    cases=[
-        case("2*B 3", call=lambda n, x: (x, 0, n, n)),
-        case("B 4", call=lambda n, x: (x, 1, 1, 3)),
-        case("B 4", call=lambda n, x: (x, 0, 0, n)),
-        case("B 4", call=lambda n, x: (x, 0, 0, 2), declines=True),
-    ],
-)
-def slice_(call: Call) -> Batching:
-    """A range of a dim. Of the batch dim all of it, or some of the blocks it is an inner dim of."""
-    x = _x(call)
-    if isinstance(x.batching, Offsets):
-        return _some_offsets(call, x.batching)
-    dim = wrap(call["dim"], x.ndim)
-    end = call.args.get("end", call.args.get("length"))
-    if x.rows is None or x.rows.dim != dim:
-        return batched(x.rows)
-    if call.args.get("step", 1) != 1 or not (end is None or isinstance(end, Extent) or end == sys.maxsize):
-        raise NotRowWise("takes some rows of the batch")
-    return _blocks(call, x.rows, call["start"] or 0, call.out[0][dim])
-
-
-def _some_offsets(call: Call, offsets: Offsets) -> Batching:
-    """Offsets without the first or the last: `[1:]` and `[:-1]`."""
-    start, end, step = call["start"] or 0, call.args.get("end"), call.args.get("step", 1)
-    if "narrow" not in call.name and step == 1 and offsets == Offsets(offsets.lengths):
-        if (start, end) == (0, -1):
-            return replace(offsets, last=False)
-        if start == 1 and end in (None, sys.maxsize):
-            return replace(offsets, first=False)
-    raise NotRowWise("takes some of the offsets")
-
-
-def _blocks(call: Call, rows: Rows, start: int, size: int) -> Batching:
-    """Of the merged batch dim, entries `[start, start + size)`: whole blocks, each of all rows."""
-    block = call.batch * rows.inner
-    if size % block or start % block or (start and not isinstance(start, Extent)):
-        raise NotRowWise("takes some rows of the batch")
-    return replace(rows, outer=size // block)
-
-
-@rule(
-    "aten.select.int",
-    cases=[
-        case("B 4", call=lambda n, x: (x, 1, -1)),
-        case("4 B", call=lambda n, x: (x, 0, 2)),
-        case("B 4", call=lambda n, x: (x, 0, 0), declines=True),
-    ],
-)
-def select(call: Call) -> Batching:
-    """One entry of a dim, which goes."""
-    x = _x(call)
-    dim = wrap(call["dim"], x.ndim)
-    if x.rows is None:
-        return Replicated()
-    if x.rows.dim == dim:
-        raise NotRowWise("takes one row of the batch")
-    return shifted(x.rows, -int(dim < x.rows.dim))
-
-
-@rule(
-    "aten.split.Tensor",
-    "aten.unsafe_split.Tensor",
-    sizes=("split_size",),
-    cases=[
-        case("B 4", call=lambda n, x: (x, 2, 1)),
-        case("2*B 4", call=lambda n, x: (x, n, 0)),
-        case("B 4", call=lambda n, x: (x, 2, 0), declines=True),
-    ],
-)
-@rule(
-    "aten.chunk.default",
-    "aten.unsafe_chunk.default",
-    "aten.tensor_split.sections",
-    cases=[
-        case("B 4", call=lambda n, x: (x, 2, 1)),
-        case("4*B 4", call=lambda n, x: (x, 2, 0)),
-        case("B 4", call=lambda n, x: (x, 2, 0), declines=True),
-    ],
-)
-@rule(
-    "aten.split_with_sizes.default",
-    "aten.split.sizes",
-    sizes=("split_sizes", "split_size"),
-    cases=[
-        case("B 4", call=lambda n, x: (x, [1, 3], 1)),
-        case("4 B", call=lambda n, x: (x, [1, 3], 0)),
-        case("3*B 4", call=lambda n, x: (x, [n, 2 * n], 0)),
-    ],
-)
-@rule("aten.tensor_split.indices", cases=[case("B 4", call=lambda n, x: (x, [1, 3], 1))])
-def split(call: Call) -> Batching:
-    """Ranges of a dim. Of the batch dim blocks of all rows."""
-    x, dim = _x(call), wrap(call["dim"], _x(call).ndim)
-    if x.rows is None or x.rows.dim != dim:
-        return each(batched(x.rows), len(call.out))
-    given = list(call.args.values())[1]
-    sizes = given if isinstance(given, list) else [given]
-    whole = x.rows.outer % sizes[0] == 0 if _counted(call) else all(isinstance(s, Extent) for s in sizes)
-    if not whole:
-        raise NotRowWise("splits the batch")
-    return Several(tuple(_blocks(call, x.rows, 0, shape[dim]) for shape in call.out))
-
-
-def _counted(call: Call) -> bool:
-    """Whether the op is told how many parts to make, not of what size."""
-    return "chunk" in call.name or "sections" in call.name
-
-
-@rule("aten.unbind.int", cases=[case("B 3", call=lambda n, x: (x, 1)), case("3 B", call=lambda n, x: (x, 0))])
-def unbind(call: Call) -> Batching:
-    """Every entry of a dim, which goes."""
-    return Several((select(call),) * len(call.out))
-
-
-@rule(
-    "aten.repeat.default",
-    sizes=("repeats",),
-    cases=[
-        case("B 3", call=lambda n, x: (x, [1, 2])),
-        case("B 3", call=lambda n, x: (x, [2, 1, 1])),
-        case("1 3", call=lambda n, x: (x, [n, 2])),
-        case("4 3", call=lambda n, x: (x, [n, 1])),
-        case("1 3", call=lambda n, x: (x, [n * 2, 1])),
-        case("B 3", call=lambda n, x: (x, [2, 1])),
-        case("B*2 3", call=lambda n, x: (x, [3, 1])),
-        case("B", call=lambda n, x: (x, [n]), declines=True),
-    ],
-)
-def repeat(call: Call) -> Batching:
-    """Whole copies along dims; of the batch dim they are an outer dim of the merged one."""
-    x, repeats = _x(call), list(call["repeats"])
-    new = len(repeats) - x.ndim
-    if x.rows is None:
-        return _copies(call, x, repeats)
-    if any(isinstance(r, Extent) for r in repeats):
-        raise NotRowWise("repeats the batch as often as it has rows")
-    rows = shifted(x.rows, new)
-    return replace(rows, outer=rows.outer * repeats[rows.dim])
-
-
-def _copies(call: Call, x: Operand, repeats: list[int]) -> Batching:
-    """A value without a batch repeated for every row: all of dim i is one block of the merged dim."""
-    grown = [i for i, r in enumerate(repeats) if isinstance(r, Extent)]
-    if not grown:
-        return Replicated()
-    size = ((1,) * (len(repeats) - x.ndim) + x.shape)[grown[0]]
-    if len(grown) > 1 or repeats[grown[0]] % call.batch or (size > 1 and repeats[grown[0]] != call.batch):
-        raise NotRowWise("several sizes depend on the batch")
-    return Rows(grown[0], inner=repeats[grown[0]] // call.batch * size)
-
-
-@rule(
-    "aten.repeat_interleave.self_int",
-    sizes=("repeats", "output_size"),
-    cases=[
-        case("1 3", call=lambda n, x: (x, n, 0)),
-        case("2 3", call=lambda n, x: (x, n, 0)),
-        case("B 3", call=lambda n, x: (x, n, 0), declines=True),
-        case("B 3", call=lambda n, x: (x, 2, 0, {"output_size": 2 * n})),
-        case("B 3", call=lambda n, x: (x, 2, 1)),
-        case("B 3", call=lambda n, x: (x, 2, 0)),
-        case("B*2 3", call=lambda n, x: (x, 3, 0)),
-        case("B", call=lambda n, x: (x, 2)),
-    ],
-)
-def repeat_interleave(call: Call) -> Batching:
-    """Each entry of a dim several times in a row: an inner dim merged into it."""
-    x, repeats = _x(call), call["repeats"]
-    if isinstance(repeats, Extent):
-        return _interleaved_rows(call, x)
-    if x.rows is None:
-        return Replicated()
-    if call["dim"] is None:
-        inner = math.prod(x.shape[x.rows.dim + 1 :]) * call["repeats"]
-        return Rows(0, x.rows.outer * math.prod(x.shape[: x.rows.dim]), x.rows.inner * inner)
-    inner = call["repeats"] if wrap(call["dim"], x.ndim) == x.rows.dim else 1
-    return Rows(x.rows.dim, x.rows.outer, x.rows.inner * inner)
-
-
-def _interleaved_rows(call: Call, x: Operand) -> Batching:
-    """Entries of a value without a batch repeated for every row: they are the outer dim of the merged one."""
-    if x.rows is not None or call["dim"] is None or call["repeats"] % call.batch:
-        raise NotRowWise("repeats the batch as often as it has rows")
-    dim = wrap(call["dim"], x.ndim)
-    return Rows(dim, x.shape[dim], call["repeats"] // call.batch)
-
-
-@rule(
-    "aten.flip.default",
-    cases=[
-        case("B 3", call=lambda n, x: (x, [1])),
-        case("B 3", call=lambda n, x: (x, [0]), declines=True),
-    ],
-)
-@rule("aten.fliplr.default", cases=[case("B 3"), case("3 B", declines=True)])
-@rule("aten.flipud.default", cases=[case("3 B"), case("B 3", declines=True)])
-def flip(call: Call) -> Batching:
-    """Reverses dims that are not the batch."""
-    return along(call, *call.args.get("dims", [call.name == "aten.fliplr.default"]), what="reverses the batch")
-
-
-@rule(
-    "aten.roll.default",
-    cases=[
-        case("B 3", call=lambda n, x: (x, [1], [1])),
-        case("B 3", call=lambda n, x: (x, [1], [0]), declines=True),
-        case("B 3", call=lambda n, x: (x, [1]), declines=True),
-    ],
-)
-def roll(call: Call) -> Batching:
-    """Rotates dims that are not the batch; without dims it rotates all entries as one."""
-    dims = call["dims"] or range(_x(call).ndim)
-    return along(call, *dims, what="rotates the batch")
-
-
-@rule(
-    "aten.unfold.default",
-    cases=[
-        case("B 4", call=lambda n, x: (x, 1, 2, 1)),
-        case("B 4", call=lambda n, x: (x, 0, 2, 1), declines=True),
-    ],
-)
-def unfold(call: Call) -> Batching:
-    """Windows along a dim that is not the batch."""
-    return along(call, call["dimension"], what="takes windows over the batch")
-
-
-@rule(
-    "aten.diagonal.default",
-    cases=[
-        case("B 3 3", call=lambda n, x: (x, 0, 1, 2)),
-        case("3 3 B"),
-        case("3 B 3", call=lambda n, x: (x, 0, 0, 2)),
-    ],
-)
-def diagonal(call: Call) -> Batching:
-    """The diagonal of two dims, which go; it becomes the last dim."""
-    x = _x(call)
-    pair = {wrap(call["dim1"], x.ndim), wrap(call["dim2"], x.ndim)}
-    if x.rows is None:
-        return Replicated()
-    if x.rows.dim in pair:
-        raise NotRowWise("takes the diagonal over the batch")
-    return shifted(x.rows, -sum(d < x.rows.dim for d in pair))
-
-
-@rule("aten.tril.default", "aten.triu.default", cases=[case("B 3 3"), case("B 3", declines=True)])
-def triangle(call: Call) -> Batching:
-    """Zeroes a triangle of the last two dims."""
-    return along(call, -1, -2, what="takes a triangle over the batch")
+    return batched(aligned([_x(call), call.operand("other")]))
 
 
 rule("aten.view_as_complex.default", cases=[case("B 3 2")])(unary)
