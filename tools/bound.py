@@ -164,7 +164,7 @@ def _operands(func: Any, args: tuple[Any, ...]) -> tuple[Bilinear, tuple[Tensor,
 
 
 @contextmanager
-def _decomposed() -> Iterator[None]:
+def decomposed() -> Iterator[None]:
     """Attention, recurrent layers and transformer layers run as the products they are made of."""
     fastpath, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch._C._get_mkldnn_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -191,7 +191,7 @@ def products(model: nn.Module, inputs: Inputs, atoms: Sequence[Tensor], runs: in
     for run in range(runs):
         moved = inputs.select(atoms, torch.arange(rows).roll(run), [Provenance.IMPRESSION])
         args, kwargs = inputs.unflatten([m.clone() for m in moved], Provenance.IMPRESSION)
-        with _decomposed(), Record() as record:
+        with decomposed(), Record() as record:
             model(*args, **kwargs)
         if run and len(record.products) != len(seen):
             raise InputError(

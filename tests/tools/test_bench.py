@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fixtures.fanout import Fanout
-from tools.bench import ops, speed
+from roo_rewrite.errors import RooError
+from tools.bench import flops, ops, speed
 from tools.bench.timing import SHAPES, fanouts, interleaved
 
 
@@ -77,3 +78,38 @@ def test_ops_prints_json() -> None:
     result = CliRunner().invoke(ops.main, [*arguments, "--json"])
     assert result.exit_code == 0, result.output
     assert all(row["ms"] > 0 for row in json.loads(result.stdout))
+
+
+def test_flops_stand_beside_their_bounds() -> None:
+    result = CliRunner().invoke(flops.main, ["two_tower", "--twins-only", "--fanout", "10", "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["twin"] == pytest.approx(row["scalar"]) == pytest.approx(row["net"])
+    assert (row["rewritten"], row["verdict"]) == (None, "")
+
+
+def test_attention_counts_as_its_products() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    assert flops.count_flops(Model(), ((torch.ones(2, 1, 5, 3),), {})) == 2 * 2 * 2 * 5 * 5 * 3
+
+
+def test_too_many_flops_are_named() -> None:
+    row = flops.Row("m", 10, 1000, net=1.0, scalar=0.5, rewritten=0.52, twin=0.6)
+    assert row.verdict == "over scalar bound"
+    assert "| m | 10 | 0.0 | 1.000 | 0.500 | 0.520 | 0.600 | over scalar bound |" in flops.markdown([row])
+
+
+def test_an_operator_without_a_formula_is_not_counted_as_free() -> None:
+    with torch.library._scoped_library("roo", "FRAGMENT") as library:
+        library.define("uncounted(Tensor x) -> Tensor")
+        library.impl("uncounted", lambda x: x @ x, "CPU")
+
+        class Model(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.ops.roo.uncounted(x)
+
+        with pytest.raises(RooError, match="would count as no FLOPs"):
+            flops.count_flops(Model(), ((torch.ones(2, 2),), {}))

@@ -5,11 +5,9 @@ python -m tools.bench.speed late_stage din deepctr:DIN --fanout 16 --json
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,17 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 import fixtures
-import roo_rewrite
-from fixtures import Call, Fixture, deepctr
+from fixtures import Call
 from roo_rewrite.errors import RooError
-from roo_rewrite.facts import Provenance
-from roo_rewrite.inputs import bind_inputs
+from tools.bench.flops import count_flops
+from tools.bench.subjects import EVERY, expanded, load, variants
 from tools.bench.timing import CLOCKS, SHAPES, STATISTICS, fanouts, interleaved, keep_memory
 
-EVERY = (*fixtures.NAMES, *(f"deepctr:{n}" for n in deepctr.NAMES))
 MODES = ("scoring", "training")
 
 
@@ -68,43 +63,6 @@ class Row:
     rewrite_s: float | None
 
 
-def load(name: str) -> Fixture:
-    """A fixture by name, or a DeepCTR-Torch model as `deepctr:NAME`."""
-    return deepctr.load(name.removeprefix("deepctr:")) if name.startswith("deepctr:") else fixtures.load(name)
-
-
-def expanded(fixture: Fixture, call: Call, counts: Tensor) -> Call:
-    """The impression-level call of a request-level one."""
-    args, kwargs = fixture.example()
-    inputs = bind_inputs(fixture.model.forward, args, kwargs, fixture.spec)
-    atoms = inputs.flatten(*call, Provenance.REQUEST)[0]
-    wide = inputs.select(atoms, torch.repeat_interleave(counts), [Provenance.REQUEST])
-    return inputs.unflatten(wide, Provenance.IMPRESSION)
-
-
-def variants(fixture: Fixture, fanout: int, rewritten: bool) -> tuple[dict[str, nn.Module], float | None]:
-    """Every form of the model there is, and the seconds its rewriting took. Each has parameters of its own."""
-    forms: dict[str, nn.Module] = {"original": fixture.model}
-    seconds = None
-    if rewritten:
-        args, kwargs = fixture.example()
-        start = time.perf_counter()
-        model = copy.deepcopy(fixture.model)
-        forms["rewritten"] = roo_rewrite.rewrite(model, args, kwargs, spec=fixture.spec, fanout=fanout)
-        seconds = time.perf_counter() - start
-    if fixture.twin is not None:
-        forms["twin"] = fixture.twin(copy.deepcopy(fixture.model))
-    return forms, seconds
-
-
-def count_flops(model: nn.Module, call: Call, extra: dict[str, Tensor]) -> int:
-    """Of the matrix products of a forward pass, 2 for a multiply-add."""
-    args, kwargs = call
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(*args, **kwargs, **extra)
-    return int(counter.get_total_flops())
-
-
 def scorer(model: nn.Module, call: Call, extra: dict[str, Tensor]) -> Callable[[], Any]:
     args, kwargs = call
 
@@ -136,7 +94,7 @@ def measure(name: str, fanout: int, plan: Plan) -> Iterator[Row]:
         narrow = fixture.batch(counts)
         wide = expanded(fixture, narrow, counts)
         calls = {form: (wide, {}) if form == "original" else (narrow, {"num_impressions": counts}) for form in forms}
-        flops = {form: count_flops(model, *calls[form]) for form, model in forms.items()}
+        flops = {form: count_flops(model, calls[form][0], **calls[form][1]) for form, model in forms.items()}
         for mode in plan.modes:
             make = scorer if mode == "scoring" else trainer
             for model in forms.values():
