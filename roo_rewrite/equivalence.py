@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from roo_rewrite.errors import EquivalenceError
 from roo_rewrite.facts import Provenance
@@ -62,10 +63,10 @@ def draw_batch(inputs: Inputs, example: Sequence[Tensor], counts: list[int], gen
 
 def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Float entries that are not whole numbers, scaled by up to a tenth; ids and flags stay valid."""
-    if not tensor.is_floating_point() or bool((tensor == tensor.round()).all()):
+    if not tensor.is_floating_point():
         return tensor.detach().clone()
     factor = 1 + 0.1 * (2 * torch.rand(tensor.shape, generator=generator) - 1)
-    return (tensor.detach() * factor.to(tensor)).clone()
+    return torch.where(tensor == tensor.round(), tensor, tensor * factor.to(tensor)).detach()
 
 
 # -- inside `rewrite`
@@ -118,8 +119,10 @@ def _differ(
     return compare(found, expected, reshape=loose)
 
 
-def compare(found: Sequence[Tensor], expected: Sequence[Tensor], reshape: bool = False) -> str | None:
-    """The first output that differs beyond rounding, in words."""
+def compare(
+    found: Sequence[Tensor], expected: Sequence[Tensor], reshape: bool = False, precision: torch.dtype = torch.float64
+) -> str | None:
+    """The first output that differs beyond the rounding of its dtype, or of a lower `precision`, in words."""
     if len(found) != len(expected):
         return f"{len(found)} outputs instead of {len(expected)}"
     for i, (got, want) in enumerate(zip(found, expected)):
@@ -128,7 +131,7 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], reshape: bool =
         if got.shape != want.shape or got.dtype != want.dtype:
             return f"output {i} is {got.dtype} {list(got.shape)} instead of {want.dtype} {list(want.shape)}"
         error = distance(got, want)
-        if error > tolerance(want.dtype):
+        if error > max(tolerance(want.dtype), tolerance(precision) * want.is_floating_point()):
             return f"output {i} is off by {error:.2e} of its scale"
     return None
 
@@ -163,18 +166,60 @@ def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, s
 
     Values, and gradients of every parameter and float input, in float64. The batches always include
     requests without impressions, one impression each, one request with all, and an empty batch. The
-    smallest failing batch found is reported. The models themselves are not changed.
+    smallest failing batch found is reported. The models themselves are not changed. A model that cannot
+    run in float64 (it casts to float32 somewhere) is verified in its own precision; one that runs on no
+    drawn batch at all is an error. One that casts and runs is judged by the lowest precision it uses.
     """
-    truth = copy.deepcopy(original).double()
-    other = copy.deepcopy(rewritten).double()
+    if _verified(original, rewritten, batches, seed, double=True):
+        return
+    if not _verified(original, rewritten, batches, seed, double=False):
+        raise EquivalenceError("nothing was verified: the original fails on every drawn batch", seed=seed)
+
+
+def _verified(original: nn.Module, rewritten: RequestModel, batches: int, seed: int, double: bool) -> bool:
+    """Whether the original could run on any of the drawn batches. Raises EquivalenceError if a result differs."""
+    truth, other = copy.deepcopy(original), copy.deepcopy(rewritten)
     truth.train(rewritten.training)
-    inputs = rewritten._inputs
-    example = [t.double() if t.is_floating_point() else t for t in rewritten._example[0]]
+    inputs, example = rewritten._inputs, list(rewritten._example[0])
+    if double:
+        truth, other = truth.double(), other.double()
+        example = [t.double() if t.is_floating_point() else t for t in example]
+    precision = _precision(truth, inputs, example, other._example[1])
+    if precision is None:
+        return False
+    ran = False
     for index in range(batches):
         counts = draw_counts(torch.Generator().manual_seed(seed + index), index)
-        problem = check_once(truth, other, inputs, example, counts, seed + index)
-        if problem is not None:
-            raise _shrunk(truth, other, inputs, example, counts, seed + index, problem)
+        problem = check_once(truth, other, inputs, example, counts, seed + index, precision)
+        if problem:
+            raise _shrunk(truth, other, inputs, example, counts, seed + index, problem, precision)
+        ran = ran or (problem is not None and sum(counts) > 0)
+    return ran
+
+
+class _Casts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the lowest floating point precision that anything is computed in."""
+
+    lowest: torch.dtype = torch.float64
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.lowest = max((self.lowest, *(t.dtype for t in tensors_of(out))), key=tolerance)
+        return out
+
+
+def _precision(
+    model: nn.Module, inputs: Inputs, example: Sequence[Tensor], statics: Sequence[Any]
+) -> torch.dtype | None:
+    """The lowest precision the model computes in on its example; None where it fails."""
+    args, kwargs = inputs.unflatten(example, Provenance.IMPRESSION, statics)
+    casts = _Casts()  # type: ignore[no-untyped-call]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model), casts:
+        try:
+            model(*args, **kwargs)
+        except Exception:  # whatever user code raises
+            return None
+    return casts.lowest
 
 
 def _shrunk(
@@ -185,14 +230,15 @@ def _shrunk(
     counts: list[int],
     seed: int,
     problem: str,
+    precision: torch.dtype,
 ) -> EquivalenceError:
     """The smallest batch near the failing one that fails too."""
     smaller = True
     while smaller:
         smaller = False
         for candidate in _smaller(counts):
-            found = check_once(truth, other, inputs, example, candidate, seed)
-            if found is not None:
+            found = check_once(truth, other, inputs, example, candidate, seed, precision)
+            if found:
                 counts, problem, smaller = candidate, found, True
                 break
     return EquivalenceError(
@@ -215,9 +261,18 @@ def _smaller(counts: list[int]) -> Iterator[list[int]]:
 
 
 def check_once(
-    truth: nn.Module, other: RequestModel, inputs: Inputs, example: list[Tensor], counts: list[int], seed: int
+    truth: nn.Module,
+    other: RequestModel,
+    inputs: Inputs,
+    example: list[Tensor],
+    counts: list[int],
+    seed: int,
+    precision: torch.dtype = torch.float64,
 ) -> str | None:
-    """What differs on one drawn batch: an output or a gradient, in words; None where nothing does."""
+    """What differs on one drawn batch, an output or a gradient, in words; "" where nothing does.
+
+    None where the original itself cannot take such a batch (an empty one, say).
+    """
     batch = draw_batch(inputs, example, counts, torch.Generator().manual_seed(seed))
     statics = other._example[1]
     for t in batch.atoms:
@@ -225,23 +280,24 @@ def check_once(
     try:
         args, kwargs = inputs.unflatten(batch.expanded(inputs), Provenance.IMPRESSION, statics)
         expected, want = _run(truth, batch.atoms, seed, lambda: truth(*args, **kwargs))
-    except Exception:  # the original itself cannot take such a batch (an empty one, say)
+    except Exception:  # whatever user code raises
         return None
     try:
         args, kwargs = inputs.unflatten(batch.atoms, Provenance.REQUEST, statics)
         found, got = _run(other, batch.atoms, seed, lambda: other(*args, num_impressions=batch.counts, **kwargs))
     except Exception as e:
         return f"it fails where the original does not: {type(e).__name__}: {e}"
-    problem = compare(found, expected, reshape=sum(counts) <= 1)
+    problem = compare(found, expected, sum(counts) <= 1, precision)
     if problem is not None:
         return problem
+    limit = max(1e-7, 10 * tolerance(precision))
     names = [n for n, _ in truth.named_parameters()] + [a.name for a in inputs.atoms]
     for name, a, b in zip(names, got, want, strict=True):
         if (a is None) != (b is None) and not _zero(a if b is None else b):
             return f"the gradient of {name!r} is {'missing' if a is None else 'there'}, unlike the original's"
-        if a is not None and b is not None and distance(_dense(a), _dense(b)) > 1e-7:
+        if a is not None and b is not None and distance(_dense(a), _dense(b)) > limit:
             return f"the gradient of {name!r} is off by {distance(_dense(a), _dense(b)):.2e} of its scale"
-    return None
+    return ""
 
 
 def _dense(grad: Tensor) -> Tensor:

@@ -241,6 +241,10 @@ class Inputs:
     paths: tuple[Path, ...]
     parameters: Parameters
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
+        # Immutable; torch warns of copies of its tree specs.
+        return self
+
     @property
     def atoms(self) -> tuple[Atom, ...]:
         """All atoms, in the order of the flattened call."""

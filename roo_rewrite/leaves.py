@@ -1,14 +1,15 @@
-"""Opaque leaf modules: what cannot or should not be traced is called as it is.
+"""Opaque leaves: what cannot or should not be traced is called as it is.
 
-While tracing, a leaf's forward is one custom op, `roo::leaf(tensors, site)`; its output shapes come from
-running the real module at two batch sizes. In the emitted model the site calls the real submodule,
-found by its path, so that it may be replaced (sharded, say) later.
+A leaf is a submodule, or an `autograd.Function` with a backward of its own. While tracing, its call is one
+custom op, `roo::leaf(tensors, site)`; its output shapes come from running the real thing at two batch
+sizes. In the emitted model the site calls the real submodule, found by its path, so that it may be
+replaced (sharded, say) later. Whether a leaf is row-wise is shown in `probing`.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +17,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from roo_rewrite.errors import CaptureError, NotRowWise
-from roo_rewrite.facts import Batching, Replicated, Rows, Several
+from roo_rewrite.errors import CaptureError
 
 _SITES: list[LeafSite] = []
+# Module prefixes of Functions that belong to the tracer itself.
+_TRACER = ("torch._", "torch.fx", "torch.export", "torch.autograd")
 
 
 @dataclass
 class LeafSite:
-    """One call of a leaf module in the traced forward.
+    """One call of a leaf in the traced forward: of the submodule at `path`, or of `function`.
 
     shapes: of every output tensor, at the two batch sizes of `batches`.
     """
 
     path: str
+    function: type[torch.autograd.Function] | None = None
     batches: tuple[int, int] = (0, 0)
     shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
@@ -39,13 +42,23 @@ class LeafSite:
     out_values: list[Any] = field(default_factory=list)
     observed: list[list[Tensor]] = field(default_factory=list)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LeafSite:
+        # Only ever written while capturing; a copied model shares it.
+        return self
+
+    @property
+    def label(self) -> str:
+        """What to call it in messages."""
+        return f"leaf {self.path!r}" if self.function is None else f"autograd.Function {self.function.__qualname__}"
+
     def call(self, root: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Runs the real submodule of `root` on these tensors and returns its output tensors."""
+        """Runs the real leaf of `root` on these tensors and returns its output tensors."""
         assert self.in_tree is not None
         stock = iter(tensors)
         values = [next(stock) if isinstance(v, Tensor) else v for v in self.in_values]
         args, kwargs = pytree.tree_unflatten(values, self.in_tree)
-        return tensors_of(root.get_submodule(self.path)(*args, **kwargs))
+        target: Callable[..., Any] = root.get_submodule(self.path) if self.function is None else self.function.apply
+        return tensors_of(target(*args, **kwargs))
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
@@ -78,124 +91,115 @@ def _leaf_shapes(tensors: list[Tensor], site: int) -> list[Tensor]:
     return outputs
 
 
+Handle = Callable[[str, "type[torch.autograd.Function] | None", Callable[..., Any], Any, Any], Any]
+
+
+@contextlib.contextmanager
+def intercepted(model: nn.Module, paths: Sequence[str], handle: Handle) -> Iterator[None]:
+    """While active, calls of the leaves go to `handle(path, function, real, args, kwargs)`.
+
+    A leaf's call is all of it, hooks included. Within a leaf nothing is intercepted.
+    """
+    busy = False
+
+    def guarded(path: str, function: Any, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        nonlocal busy
+        if busy:
+            return real(*args, **kwargs)
+        busy = True
+        try:
+            return handle(path, function, real, args, kwargs)
+        finally:
+            busy = False
+
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        real = original.__func__.__get__(None, cls)
+        if cls.__module__ == "torch.utils.checkpoint":
+            return args[0](*args[2:]) if cls.__name__ == "CheckpointFunction" else real(*args, **kwargs)
+        if cls.__module__.startswith(_TRACER):
+            return real(*args, **kwargs)
+        return guarded("", cls, real, args, kwargs)
+
+    modules = {p: model.get_submodule(p) for p in paths}
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,arg-type]
+    try:
+        for path, module in modules.items():
+            module.__dict__["_compiled_call_impl"] = lambda *a, _p=path, _m=module, **k: guarded(
+                _p, None, _m._call_impl, a, k
+            )
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        for module in modules.values():
+            module.__dict__.pop("_compiled_call_impl", None)
+
+
 @contextlib.contextmanager
 def observed(model: nn.Module, paths: Sequence[str], sites: list[LeafSite], second: bool) -> Iterator[None]:
     """While active, real calls of the leaves are noted in `sites`, in calling order."""
     count = iter(range(10**9))
 
-    def note(path: str, args: Any, kwargs: Any, out: Any) -> None:
-        at = next(count)
-        outputs = tensors_of(out)
-        if not second:
-            values, tree = pytree.tree_flatten((args, kwargs))
-            out_values, out_tree = pytree.tree_flatten(out)
-            site = LeafSite(path, in_tree=tree, in_values=values, out_tree=out_tree, out_values=out_values)
-            site.shapes = [(tuple(t.shape), tuple(t.shape)) for t in outputs]
-            site.dtypes = [t.dtype for t in outputs]
-            site.observed = [[v for v in values if isinstance(v, Tensor)], outputs]
-            sites.append(site)
-            return
-        if at >= len(sites) or sites[at].path != path or len(sites[at].shapes) != len(outputs):
-            raise CaptureError(f"leaf {path!r} is called differently at different batch sizes")
-        sites[at].shapes = [(a, tuple(t.shape)) for (a, _), t in zip(sites[at].shapes, outputs)]
+    def note(path: str, function: Any, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        values, tree = pytree.tree_flatten((args, kwargs))
+        given = [v for v in values if isinstance(v, Tensor)]
+        copies, versions = [v.detach().clone() for v in given], [v._version for v in given]
+        out = real(*args, **kwargs)
+        if [v._version for v in given] != versions:
+            raise CaptureError(f"{path or function.__qualname__!r} writes into its inputs")
+        _note(sites, next(count), LeafSite(path, function, in_tree=tree, in_values=values), copies, out, second)
+        return out
 
-    handles = [
-        model.get_submodule(p).register_forward_hook(
-            lambda m, a, k, out, p=p: note(p, a, k, out), with_kwargs=True, always_call=False
-        )
-        for p in paths
-    ]
-    try:
+    with intercepted(model, paths, note):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _note(sites: list[LeafSite], at: int, site: LeafSite, given: list[Tensor], out: Any, second: bool) -> None:
+    outputs = tensors_of(out)
+    if not second:
+        site.out_values, site.out_tree = pytree.tree_flatten(out)
+        site.shapes = [(tuple(t.shape), tuple(t.shape)) for t in outputs]
+        site.dtypes = [t.dtype for t in outputs]
+        site.observed = [given, [t.detach().clone() for t in outputs]]
+        sites.append(site)
+        return
+    known = sites[at] if at < len(sites) else None
+    if known is None or (known.path, known.function) != (site.path, site.function) or not _alike(known, site, outputs):
+        raise CaptureError(f"{site.label} is called differently at different batch sizes")
+    known.shapes = [(a, tuple(t.shape)) for (a, _), t in zip(known.shapes, outputs)]
+
+
+def _alike(known: LeafSite, site: LeafSite, outputs: list[Tensor]) -> bool:
+    """Whether two calls differ in their tensors only."""
+    if len(known.shapes) != len(outputs) or known.in_tree != site.in_tree:
+        return False
+    pairs = zip(known.in_values, site.in_values)
+    return all(isinstance(a, Tensor) == isinstance(b, Tensor) and (isinstance(a, Tensor) or a is b or bool(a == b)) for a, b in pairs)
 
 
 @contextlib.contextmanager
 def opaque(model: nn.Module, paths: Sequence[str], sites: list[LeafSite]) -> Iterator[None]:
-    """While active, each leaf's forward is the op `roo::leaf`; the k-th call stands for `sites[k]`."""
+    """While active, each leaf's call is the op `roo::leaf`; the k-th call stands for `sites[k]`."""
     _SITES[:] = sites
     count = iter(range(len(sites)))
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def stand_in(path: str, function: Any, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         at = next(count, None)
-        if at is None:
-            raise CaptureError("a leaf is called more often while tracing than when run")
+        if at is None or (sites[at].path, sites[at].function) != (path, function):
+            raise CaptureError("a leaf is called otherwise while tracing than when run")
         tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
         outputs = iter(torch.ops.roo.leaf(tensors, at))
         site = sites[at]
         assert site.out_tree is not None
-        return pytree.tree_unflatten(
-            [next(outputs) if isinstance(v, Tensor) else v for v in site.out_values], site.out_tree
-        )
+        values = [next(outputs) if isinstance(v, Tensor) else v for v in site.out_values]
+        return pytree.tree_unflatten(values, site.out_tree)
 
-    modules = [model.get_submodule(p) for p in paths]
-    saved = [m.__dict__.get("forward") for m in modules]
-    for module in modules:
-        module.__dict__["forward"] = forward
     try:
-        yield
+        with intercepted(model, paths, stand_in):
+            yield
     finally:
         _SITES.clear()
-        for module, old in zip(modules, saved):
-            if old is None:
-                del module.__dict__["forward"]
-            else:
-                module.__dict__["forward"] = old
-
-
-def probe(site: LeafSite, root: nn.Module, batchings: Sequence[Batching], batch: int, declared: bool) -> Batching:
-    """Whether a leaf call is row-wise: run on gathered, permuted, repeated and single rows of what it was called with.
-
-    Returns the batching of each output; raises NotRowWise with what was seen. A leaf that is declared
-    row-wise is taken at its word, but for the place of the batch in its outputs.
-    """
-    if any(type(b) not in (Rows, Replicated) for b in batchings):
-        raise NotRowWise(f"leaf {site.path!r} is called with more than plain rows")
-    inputs, outputs = site.observed
-    places = [_place(first, second, site.batches) for first, second in site.shapes]
-    if not declared:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(root.get_submodule(site.path)):
-            generator = torch.Generator().manual_seed(0)
-            for rows in _probes(batch, generator):
-                chosen = [_gather(t, b, rows, batch) for t, b in zip(inputs, batchings)]
-                _compare(site, root, chosen, [_gather(t, p, rows, batch) for t, p in zip(outputs, places)])
-    return Several(tuple(places))
-
-
-def _place(first: tuple[int, ...], second: tuple[int, ...], batches: tuple[int, int]) -> Batching:
-    moved = [d for d, (a, b) in enumerate(zip(first, second)) if a != b]
-    if not moved:
-        return Replicated()
-    if len(moved) > 1 or (first[moved[0]], second[moved[0]]) != batches:
-        raise NotRowWise("the outputs of the leaf do not have one dim of the batch's size")
-    return Rows(moved[0])
-
-
-def _probes(batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    yield torch.randperm(batch, generator=generator)
-    for size in (1, 2, batch // 2, batch + 3):
-        yield torch.randint(batch, (size,), generator=generator)
-    for row in range(min(batch, 4)):
-        yield torch.tensor([row])
-
-
-def _gather(tensor: Tensor, batching: Batching, rows: Tensor, batch: int) -> Tensor:
-    if not isinstance(batching, Rows):
-        return tensor
-    split = tensor.unflatten(batching.dim, (batching.outer, batch, batching.inner))
-    return split.index_select(batching.dim + 1, rows).flatten(batching.dim, batching.dim + 2)
-
-
-def _compare(site: LeafSite, root: nn.Module, inputs: list[Tensor], expected: list[Tensor]) -> None:
-    try:
-        found = site.call(root, inputs)
-    except Exception as e:
-        raise NotRowWise(f"leaf {site.path!r} fails on fewer rows: {type(e).__name__}: {e}") from e
-    for got, want in zip(found, expected, strict=True):
-        if got.shape != want.shape or not torch.allclose(got, want, rtol=1e-4, atol=1e-6, equal_nan=True):
-            raise NotRowWise(f"leaf {site.path!r} gives a row another result among other rows")
 
 
 @contextlib.contextmanager
@@ -211,6 +215,17 @@ def frozen_buffers(module: nn.Module) -> Iterator[None]:
 
 
 def default_leaves(model: nn.Module) -> list[str]:
-    """Paths of the modules that are leaves by nature: TorchRec's embedding modules, so they stay shardable."""
+    """Paths of the modules that are leaves by nature.
+
+    TorchRec's embedding modules, so that they stay shardable, and modules with backward hooks, which a trace loses.
+    """
     names = {"EmbeddingBagCollection", "EmbeddingCollection", "ShardedEmbeddingBagCollection"}
-    return [p for p, m in model.named_modules() if p and type(m).__name__ in names and "torchrec" in type(m).__module__]
+    torchrec = [p for p, m in model.named_modules() if p and type(m).__name__ in names and "torchrec" in type(m).__module__]
+    hooked = [p for p, m in model.named_modules() if p and (m._backward_hooks or m._backward_pre_hooks)]
+    return outermost([*torchrec, *hooked])
+
+
+def outermost(paths: Sequence[str]) -> list[str]:
+    """The paths that lie under no other of them."""
+    unique = list(dict.fromkeys(paths))
+    return [p for p in unique if not any(p.startswith(f"{q}.") for q in unique)]
