@@ -31,7 +31,8 @@ class RequestDataset(IterableDataset[RequestBatch]):
 
     columns: what to read, request and impression columns alike; the default is all but the ids, labels and
     weights. A list column `c` becomes the jagged pair `c`, `c_lengths`. Features are keyword arguments by column
-    name; `call` arranges them otherwise. Null numbers are NaN in floats and `fill[column]` elsewhere.
+    name; `call` arranges them otherwise. Null numbers are NaN in floats and `fill[column]` elsewhere, null lists
+    empty. aligned: list column -> the list column whose lengths it shares, as parallel histories do.
     max_impressions, max_requests: bounds of a batch. shuffle: row groups, then requests within `window` row
     groups, the same for the same seed and epoch. rank, world_size and DataLoader workers each get
     other row groups. prefetch: row groups read ahead, by one thread.
@@ -46,6 +47,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         weights: Sequence[str] = (),
         impression_id: str | None = None,
         fill: Mapping[str, Any] | None = None,
+        aligned: Mapping[str, str] | None = None,
         call: Call | None = None,
         max_impressions: int | None = None,
         max_requests: int | None = None,
@@ -64,8 +66,11 @@ class RequestDataset(IterableDataset[RequestBatch]):
         if missing:
             raise DataError(f"{folder} has no columns {missing}; it has {known}")
         kept = {self.manifest.columns.request_id, impression_id, *labels, *weights}
+        loose = [c for pair in (aligned or {}).items() for c in pair if columns is not None and c not in columns]
+        if loose:
+            raise DataError(f"aligned names {loose}, which are not among the columns read")
         features = tuple(c for c in known if c not in kept) if columns is None else tuple(columns)
-        self.wanted = Wanted(features, tuple(labels), tuple(weights), impression_id, fill, call)
+        self.wanted = Wanted(features, tuple(labels), tuple(weights), impression_id, fill, aligned, call)
         self.shuffle, self.window, self.seed = shuffle, max(1, window), seed
         self.rank, self.world_size, self.prefetch = rank, world_size, max(0, prefetch)
         self.epoch = 0

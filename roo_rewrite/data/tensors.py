@@ -28,13 +28,14 @@ Call = Callable[[dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a reader hands out: features, labels, weights, the impression id, fills for nulls, the form of the call."""
+    """What a reader hands out. `aligned`: list column -> the one whose lengths it shares."""
 
     features: tuple[str, ...]
     labels: tuple[str, ...] = ()
     weights: tuple[str, ...] = ()
     impression_id: str | None = None
     fill: Mapping[str, Any] | None = None
+    aligned: Mapping[str, str] | None = None
     call: Call | None = None
 
     @property
@@ -54,7 +55,7 @@ def to_batch(table: pa.Table, columns: Columns, wanted: Wanted) -> RequestBatch:
     atoms: dict[int, Atom] = {}
     for name in wanted.features:
         side = Provenance.REQUEST if name in columns.request else Provenance.IMPRESSION
-        _add_feature(features, atoms, name, side, sources[name], wanted)
+        _add_feature(features, atoms, name, side, sources, wanted)
     args, kwargs = as_call(wanted.call(features) if wanted.call else features)
     ids = as_tensor(columns.request_id, table[columns.request_id].combine_chunks(), {}, strings=True)
     item = wanted.impression_id
@@ -71,17 +72,33 @@ def to_batch(table: pa.Table, columns: Columns, wanted: Wanted) -> RequestBatch:
 
 
 def _add_feature(
-    features: dict[str, Tensor], atoms: dict[int, Atom], name: str, side: Provenance, column: pa.Array, wanted: Wanted
+    features: dict[str, Tensor],
+    atoms: dict[int, Atom],
+    name: str,
+    side: Provenance,
+    sources: Mapping[str, pa.Array],
+    wanted: Wanted,
 ) -> None:
-    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-        keeper = LENGTHS.format(name)
-        features[name] = as_tensor(name, column.flatten(), wanted.fill)
-        features[keeper] = as_tensor(name, pc.fill_null(pc.list_value_length(column), 0), None).long()
-        atoms[id(features[name])] = Atom(name, side, "values", keeper)
-        atoms[id(features[keeper])] = Atom(keeper, side, "lengths")
+    column = sources[name]
+    if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
+        features[name] = as_tensor(name, column, wanted.fill)
+        atoms[id(features[name])] = Atom(name, side)
         return
-    features[name] = as_tensor(name, column, wanted.fill)
-    atoms[id(features[name])] = Atom(name, side)
+    other = (wanted.aligned or {}).get(name, name)
+    keeper = LENGTHS.format(other)
+    features[name] = as_tensor(name, column.flatten(), wanted.fill)
+    atoms[id(features[name])] = Atom(name, side, "values", keeper)
+    if other == name:
+        features[keeper] = _lengths(column)
+        atoms[id(features[keeper])] = Atom(keeper, side, "lengths")
+    elif not torch.equal(_lengths(column), _lengths(sources[other])):
+        raise DataError(f"lists {name!r} and {other!r} differ in length; leave them out of aligned")
+
+
+def _lengths(column: pa.Array) -> Tensor:
+    """int64 [rows]; 0 for a null list."""
+    lengths: Tensor = as_tensor("", pc.fill_null(pc.list_value_length(column), 0), None)
+    return lengths.long()
 
 
 def as_tensor(name: str, column: pa.Array, fill: Mapping[str, Any] | None, strings: bool = False) -> Any:
