@@ -35,7 +35,7 @@ from torch.utils import _pytree as pytree
 
 import roo_rewrite.rules  # noqa: F401 - registers the rules
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching, Replicated, Rows
+from roo_rewrite.facts import Batching, Replicated, Rows, parts
 from roo_rewrite.rules import law
 from roo_rewrite.rules.registry import Rule, declined, find, registered
 
@@ -57,6 +57,10 @@ class Finding:
 RecordedCall = tuple[OpOverload, list[Any], pytree.TreeSpec]
 
 
+# Their contents are whatever was in memory.
+UNFILLED = {"empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "empty_permuted"}
+
+
 class Recorder(TorchFunctionMode):
     """Records the ATen ops called from Python, with their arguments."""
 
@@ -73,7 +77,7 @@ class Recorder(TorchFunctionMode):
 
 def overload(name: str, args: Any, kwargs: Any) -> OpOverload | None:
     """The functional ATen op that a call of `torch.<name>` is."""
-    packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("__get") else None
+    packet = getattr(torch.ops.aten, name, None) if name and name not in UNFILLED else None
     if packet is None:
         return None
     try:
@@ -151,6 +155,17 @@ def row_choices(batch: int) -> list[Tensor]:
     return [torch.tensor(rows, dtype=torch.long) for rows in lists]
 
 
+def sizes_agree(trial: law.Trial, verdict: Batching) -> bool:
+    """What the caller of a rule confirms by symbols: only the batch dim of the verdict follows the batch."""
+    more = torch.zeros(len(trial.lengths) + 3, dtype=torch.long)
+    try:
+        pairs = list(zip(parts(verdict), trial.run(), trial.run(more)))
+    except FAILURES:
+        return False
+    wanted = [law.gather(old, kind, more) if isinstance(kind, Rows) else old for kind, old, _ in pairs]
+    return all(want.shape == new.shape for want, (_, _, new) in zip(wanted, pairs))
+
+
 def check(rule: Rule | None, trial: law.Trial, finding: Finding, reason: str) -> None:
     """Compares the rule with brute force on one call."""
     before = trial.run()
@@ -163,6 +178,8 @@ def check(rule: Rule | None, trial: law.Trial, finding: Finding, reason: str) ->
         refusal = reason
     except NotRowWise as e:
         verdict, refusal = None, str(e)
+    if verdict is not None and not sizes_agree(trial, verdict):
+        verdict, refusal = None, "the sizes do not follow the batch"
     if verdict is not None:
         failures = [law.broken(trial, verdict, rows) for rows in choices if len(rows)]
         finding.wrong += [f"{what}: {f}" for f in failures if f and "cannot be run" not in f][:1]

@@ -127,6 +127,11 @@ def joined_at_least(call: Call) -> Batching:
     "aten.replication_pad2d.default",
     cases=[case("B 2 3 3", call=lambda n, x: (x, [1, 2, 0, 1]))],
 )
+@rule(
+    "aten.reflection_pad3d.default",
+    "aten.replication_pad3d.default",
+    cases=[case("B 2 3 3 3", call=lambda n, x: (x, [1, 2, 0, 1, 1, 1]))],
+)
 def pad(call: Call) -> Batching:
     """New entries at the ends of dims, the last dim first; none along the batch. A 0 before the ends makes offsets."""
     x, widths = call.operand("self"), list(call.args.get("pad") or call.args.get("padding") or ())
@@ -138,6 +143,17 @@ def pad(call: Call) -> Batching:
     if x.rows is not None and x.rows.dim in padded:
         raise NotRowWise("pads the batch")
     return unary(call)
+
+
+@rule(
+    "aten.atleast_1d.default",
+    "aten.atleast_2d.default",
+    "aten.atleast_3d.default",
+    cases=[case("B"), case("B 3"), case("2 B 3")],
+)
+def at_least(call: Call) -> Batching:
+    """More dims of size 1, where there are too few."""
+    return _at_least(call.operand("self"), int(call.name[len("aten.atleast_")]), call).batching
 
 
 @rule(

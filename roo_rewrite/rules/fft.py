@@ -29,13 +29,21 @@ _PLANE = [
 )
 @rule("aten.fft_rfft.default", "aten.fft_ihfft.default", cases=_LINE)
 @rule(
-    "aten.fft_fft2.default", "aten.fft_ifft2.default", "aten.fft_rfft2.default", "aten.fft_irfft2.default", cases=_PLANE
+    "aten.fft_hfft2.default",
+    "aten.fft_ihfft2.default",
+    "aten.fft_fft2.default",
+    "aten.fft_ifft2.default",
+    "aten.fft_rfft2.default",
+    "aten.fft_irfft2.default",
+    cases=_PLANE,
 )
 @rule(
     "aten.fft_fftn.default",
     "aten.fft_ifftn.default",
     "aten.fft_rfftn.default",
     "aten.fft_irfftn.default",
+    "aten.fft_hfftn.default",
+    "aten.fft_ihfftn.default",
     cases=[*_PLANE[1:], case("B 4 3", call=lambda n, x: (x, [4, 3]), empty=False)],
 )
 @rule(

@@ -104,6 +104,8 @@ def _values(prefix: str, sizes: list[int], generator: torch.Generator) -> Tensor
         return 0.05 + 0.9 * torch.rand(sizes, generator=generator, dtype=torch.float64)
     low = 1 if prefix == "p" else -3
     drawn = torch.randint(low, 4, sizes, generator=generator).double()
+    if prefix == "m":
+        return drawn @ drawn.mT + 3 * torch.eye(sizes[-1], dtype=drawn.dtype)
     if prefix == "c":
         return torch.complex(drawn, torch.randint(-3, 4, sizes, generator=generator).double())
     return drawn.sort().values if prefix == "s" else drawn.float() if prefix == "f" else drawn

@@ -131,6 +131,46 @@ def add_product(call: Call) -> Batching:
     return batched(aligned([first, Operand(call.out[0], product)]))
 
 
+@rule(
+    "aten.inner.default",
+    cases=[case("B 3", "4 3"), case("2 3", "B 3"), case("B 2 3", "3"), case("3 B", "2 B", declines=True)],
+)
+def inner(call: Call) -> Batching:
+    """A contraction of the last dims; the others of self come first."""
+    x, y = _two(call, "self", "other")
+    left, right = _LETTERS[: x.ndim - 1], "stuvwxy"[: y.ndim - 1]
+    return einsum(f"{left}z,{right}z->{left}{right}", [x, y])
+
+
+@rule(
+    "aten.addmv.default",
+    cases=[case("B", "B 3", "3"), case("1", "B 3", "3", empty=False), case("2", "2 B", "B", declines=True)],
+)
+@rule("aten.addr.default", cases=[case("B 3", "B", "3"), case("3", "B", "3"), case("2 B", "2", "B")])
+def add_vectors(call: Call) -> Batching:
+    """A sum of a tensor, broadcast, and a product with vectors."""
+    first, x, y = call.operands()
+    product = einsum("i,j->ij" if call.name == "aten.addr.default" else "ik,k->i", [x, y])
+    return batched(aligned([first, Operand(call.out[0], product)]))
+
+
+@rule(
+    "aten.bilinear.default",
+    cases=[
+        case("B 2", "B 3", "4 2 3"),
+        case("B 5 2", "B 5 3", "4 2 3", "4"),
+        case("5 B 2", "5 B 3", "4 2 3"),
+        case("2 B", "2 3", "4 B 3", declines=True),
+    ],
+)
+def bilinear(call: Call) -> Batching:
+    """x1ᵀ W x2 for every vector of the last dims."""
+    call.replicated("weight", "bias")
+    x, y = _two(call, "input1", "input2")
+    lead = _LETTERS[: x.ndim - 1]
+    return einsum(f"{lead}x,{lead}y->{lead}o", [x, y])
+
+
 @rule("aten.dot.default", "aten.vdot.default", cases=[case("3", "3")])
 def dot(call: Call) -> Batching:
     """The inner product of two vectors."""

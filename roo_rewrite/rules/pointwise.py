@@ -40,6 +40,7 @@ _UNTAGGED = {
     "arctan2",
     "arctanh",
     "clip",
+    "complex",
     "conj",
     "divide",
     "fix",
@@ -81,6 +82,7 @@ _UNTAGGED = {
     "special_log1p",
     "special_logit",
     "special_ndtr",
+    "special_polygamma",
     "special_psi",
     "special_round",
     "special_sinc",
@@ -113,6 +115,7 @@ def _tagged() -> list[OpOverload]:
     return found
 
 
+_POLYGAMMA = [case("p:B 3", call=lambda n, x: (1, x))]
 # How to call a pointwise op whose plain call of two or one tensors is not valid.
 _CALLS = {
     "aten.where.self": [case("b:B 3", "B 3", "3")],
@@ -124,6 +127,8 @@ _CALLS = {
     "aten.lerp.Tensor": [case("B 3", "B 3", "B 1")],
     "aten.lerp.Scalar": [case("B 3", "B 3", call=lambda n, x, y: (x, y, 0.25))],
     "aten.imag.default": [case("c:B 3")],
+    "aten.polygamma.default": _POLYGAMMA,
+    "aten.special_polygamma.default": _POLYGAMMA,
     "aten.clamp.default": [case("B 3", call=lambda n, x: (x, -1, 2))],
     "aten.clip.default": [case("B 3", call=lambda n, x: (x, None, 2))],
     "aten.clamp.Tensor": [case("B 3", "3", call=lambda n, x, low: (x, low))],
@@ -181,6 +186,9 @@ _register()
     "aten.detach.default",
     "aten.lift_fresh_copy.default",
     "aten.lift_fresh.default",
+    "aten.lift.default",
+    "aten.alias_copy.default",
+    "aten.detach_copy.default",
     special=_ANY,
     cases=[*_UNARY_CASES, case("#B"), case("lengths"), case("offsets"), case("R 2")],
 )
@@ -200,6 +208,27 @@ def same(call: Call) -> Batching:
     kind = next(iter(call.operands())).batching
     if call.args.get("dtype") in (None, torch.int64, torch.int32) or isinstance(kind, (Ragged, Replicated)):
         return kind
+    return unary(call)
+
+
+@rule("aten.copy.default", cases=[case("B 3", "B 3"), case("B 3", "3"), case("B 2 3", "B 1 3")])
+@rule("aten.fill.Tensor", cases=[case("B 3", "")])
+@rule("aten.fill.Scalar", cases=[case("B 3", call=lambda n, x: (x, 2.0))])
+def written_over(call: Call) -> Batching:
+    """The shape of self with the contents of another value, broadcast."""
+    return broadcasting(call)
+
+
+@rule(
+    "aten.prelu.default",
+    cases=[case("B 3", "3"), case("B", "1"), case("2 3 B", "3"), case("3 B", "1")],
+)
+def prelu(call: Call) -> Batching:
+    """A slope for all entries, or for each of dim 1."""
+    call.replicated("weight")
+    x, slopes = call.operand("self"), call.operand("weight")
+    if x.rows is not None and x.rows.dim == 1 and any(s != 1 for s in slopes.shape):
+        raise NotRowWise("the slopes have an entry per row")
     return unary(call)
 
 

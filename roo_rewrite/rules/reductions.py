@@ -3,8 +3,19 @@
 from __future__ import annotations
 
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching
-from roo_rewrite.rules.families import aligned, along, batched, broadcast_shape, each, einsum, listed, reduced, wrap
+from roo_rewrite.facts import Batching, Rows
+from roo_rewrite.rules.families import (
+    aligned,
+    along,
+    batched,
+    broadcast_shape,
+    each,
+    einsum,
+    listed,
+    reduced,
+    shifted,
+    wrap,
+)
 from roo_rewrite.rules.registry import Call, Operand, case, no_rule, rule
 
 _DIM_CASES = [
@@ -29,6 +40,7 @@ _DIMS_CASES = [
     "aten.amin.default",
     "aten.nansum.default",
     "aten.logsumexp.default",
+    "aten.special_logsumexp.default",
     "aten.nanmean.default",
     cases=_DIMS_CASES,
 )
@@ -177,6 +189,8 @@ _SCAN_CASES = [
 @rule(
     "aten.softmax.int",
     "aten.log_softmax.int",
+    "aten.special_softmax.default",
+    "aten._safe_softmax.default",
     "aten.cumprod.default",
     "aten.logcumsumexp.default",
     "aten.cummax.default",
@@ -199,6 +213,10 @@ _SCAN_CASES = [
         case("B 3", call=lambda n, x: (x, min(n, 2), 0), declines=True),
     ],
 )
+@rule(
+    "aten.special_log_softmax.default",
+    cases=[case("B 3", call=lambda n, x: (x, -1)), case("B 3", call=lambda n, x: (x, 0), declines=True)],
+)
 @rule("aten.glu.default", cases=[case("B 4"), case("4 B", call=lambda n, x: (x, 0))])
 def scan(call: Call) -> Batching:
     """Mixes the entries of one dim, which must not be the batch."""
@@ -219,6 +237,73 @@ def renorm(call: Call) -> Batching:
     if x.rows is not None and x.rows.dim != wrap(call["dim"], x.ndim):
         raise NotRowWise("normalises over the batch dim")
     return batched(x.rows)
+
+
+@rule(
+    "aten.trapezoid.dx",
+    "aten.trapz.dx",
+    cases=[case("B 3"), case("3 B", call=lambda n, y: (y, {"dim": 0})), case("3 B", declines=True)],
+)
+def trapezoid(call: Call) -> Batching:
+    """The integral along one dim, which goes."""
+    return reduced(call.operand("y"), [call["dim"]], keepdim=False)
+
+
+@rule("aten.cumulative_trapezoid.dx", cases=[case("B 3"), case("3 B", declines=True)])
+def cumulative_trapezoid(call: Call) -> Batching:
+    """The integral so far along one dim."""
+    return along(call, call["dim"], what="integrates over the batch")
+
+
+@rule(
+    "aten.quantile.scalar",
+    "aten.nanquantile.scalar",
+    cases=[
+        case("B 3", call=lambda n, x: (x, 0.5, 1), empty=False),
+        case("B 3", call=lambda n, x: (x, 0.5), declines=True),
+    ],
+)
+@rule(
+    "aten.quantile.default",
+    "aten.nanquantile.default",
+    cases=[
+        case("B 3", "u:2", call=lambda n, x, q: (x, q, 1, True), empty=False),
+        case("3 B", "u:", call=lambda n, x, q: (x, q, 0), empty=False),
+        case("B 3", "u:2", call=lambda n, x, q: (x, q, 0), declines=True),
+    ],
+)
+def quantile(call: Call) -> Batching:
+    """A reduction; several quantiles are a new first dim."""
+    dims = listed(call["dim"])
+    found = reduced(call.operand("self"), dims, call["keepdim"])
+    if not isinstance(call["q"], Operand):
+        return found
+    call.replicated("q")
+    return shifted(found, call["q"].ndim) if isinstance(found, Rows) else found
+
+
+@rule(
+    "aten.linalg_cross.default",
+    cases=[case("B 3", "B 3"), case("B 2 3", "3", call=lambda n, x, y: (x, y.expand(1, 1, 3)))],
+)
+@rule(
+    "aten.cross.default",
+    cases=[case("B 3", "B 3", call=lambda n, x, y: (x, y, 1)), case("B 3 3", "B 3 3", declines=True)],
+)
+def cross(call: Call) -> Batching:
+    """The cross product along a dim of 3; without one, along the first such dim, which may be the batch."""
+    operands = [call.operand("self"), call.operand("other")]
+    both = Operand(broadcast_shape(operands), batched(aligned(operands)))
+    if both.rows is not None and (call["dim"] is None or wrap(call["dim"], both.ndim) == both.rows.dim):
+        raise NotRowWise("a cross product along the batch dim")
+    return batched(both.rows)
+
+
+@rule("aten.linalg_vecdot.default", cases=[case("B 3", "B 3"), case("B 2 3", "3"), case("3 B", "3 B", declines=True)])
+def vecdot(call: Call) -> Batching:
+    """The inner product along one dim, which goes."""
+    operands = [call.operand("x"), call.operand("y")]
+    return reduced(Operand(broadcast_shape(operands), batched(aligned(operands))), [call["dim"]], keepdim=False)
 
 
 @rule("aten.msort.default", cases=[case("3 B"), case("B 3", declines=True)])

@@ -121,8 +121,9 @@ class Case:
     shapes: one string a tensor, `"B 3 4"`; `B` is the batch, `B*3` and `3*B` the batch merged with an
     inner or outer dim, `R` the values of a jagged pair. A prefix sets what is drawn (float64 integers
     without): `f:` the same in float32, `i:` int64 below 4, `b:` bool, `p:` positive, `u:` in (0, 1),
-    `c:` complex, `s:` sorted along the last dim. `#B*2 1` is `2 * arange(B)` laid along dim 0; `lengths`,
-    `offsets`, `starts` (without the total) and `ends` (without the first 0) are those of the jagged pair.
+    `c:` complex, `s:` sorted along the last dim, `m:` regular symmetric matrices. `#B*2 1` is
+    `2 * arange(B)` laid along dim 0; `lengths`, `offsets`, `starts` (without the total) and `ends`
+    (without the first 0) are those of the jagged pair.
     call: `(n, *tensors) -> args`, or `-> (args, kwargs)` where the last is a dict; n is the batch size.
     declines: the rule must decline here (a negative test), because the law does not hold.
     empty: False where the op itself cannot run on a batch of no rows.

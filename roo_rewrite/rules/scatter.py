@@ -11,7 +11,7 @@ import torch
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Replicated, RowIndex
 from roo_rewrite.rules.concat import common
-from roo_rewrite.rules.families import aligned, along, batched, wrap
+from roo_rewrite.rules.families import aligned, along, batched, shifted, wrap
 from roo_rewrite.rules.index import OTHER_ROWS, in_step, index, indexed
 from roo_rewrite.rules.registry import Call, Operand, case, rule
 
@@ -108,3 +108,56 @@ def index_fill(call: Call) -> Batching:
     """Entries `index` of one dim set to a number."""
     call.replicated("index", "value")
     return along(call, call["dim"], what=OTHER_ROWS)
+
+
+@rule(
+    "aten.slice_scatter.default",
+    cases=[
+        case("B 4", "B 2", call=lambda n, x, s: (x, s, 1, 1, 3)),
+        case("4 B", "2 B", call=lambda n, x, s: (x, s, 0, 0, 2)),
+        case("B 4", "B 4", call=lambda n, x, s: (x, s, 0)),
+        case("B 4", "2 4", call=lambda n, x, s: (x, s, 0, 0, 2), declines=True),
+    ],
+)
+def slice_scatter(call: Call) -> Batching:
+    """A range of a dim written over. Of the batch dim, only all of it."""
+    x, src = call.operand("self"), call.operand("src")
+    rows = common([x, src])
+    if rows is not None and rows.dim == wrap(call["dim"], x.ndim) and src.shape != x.shape:
+        raise NotRowWise("writes over some rows of the batch")
+    return batched(rows)
+
+
+@rule(
+    "aten.select_scatter.default",
+    cases=[
+        case("B 4", "B", call=lambda n, x, s: (x, s, 1, 2)),
+        case("4 B", "B", call=lambda n, x, s: (x, s, 0, -1)),
+        case("B 4", "4", call=lambda n, x, s: (x, s, 0, 1), declines=True),
+    ],
+)
+def select_scatter(call: Call) -> Batching:
+    """One entry of a dim written over."""
+    x, src = call.operand("self"), call.operand("src")
+    dim = wrap(call["dim"], x.ndim)
+    if x.rows is not None and x.rows.dim == dim:
+        raise NotRowWise("writes over one row of the batch")
+    if src.rows is None:
+        return batched(common([x, src]))
+    return batched(common([x, replace(src, batching=shifted(src.rows, int(dim <= src.rows.dim)))]))
+
+
+@rule(
+    "aten.diagonal_scatter.default",
+    cases=[case("B 3 3", "B 3", call=lambda n, x, s: (x, s, 0, 1, 2)), case("3 3 B", "B 3")],
+)
+def diagonal_scatter(call: Call) -> Batching:
+    """The diagonal of two dims, the last dim of src, written over."""
+    x, src = call.operand("self"), call.operand("src")
+    pair = {wrap(call["dim1"], x.ndim), wrap(call["dim2"], x.ndim)}
+    if x.rows is None or x.rows.dim in pair:
+        raise NotRowWise("writes over the diagonal of the batch")
+    want = shifted(x.rows, -sum(d < x.rows.dim for d in pair))
+    if src.rows != want:
+        raise NotRowWise("the batch lies in different dims of the operands")
+    return x.rows

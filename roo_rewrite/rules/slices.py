@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ def _x(call: Call) -> Operand:
 
 @rule(
     "aten.slice.Tensor",
+    "aten.slice_copy.Tensor",
     places=True,
     special=(Offsets,),
     sizes=("start", "end"),
@@ -36,6 +36,7 @@ def _x(call: Call) -> Operand:
 )
 @rule(
     "aten.narrow.default",
+    "aten.narrow_copy.default",
     places=True,
     sizes=("start", "length"),
     cases=[
@@ -87,6 +88,7 @@ def _blocks(call: Call, rows: Rows, start: int, size: int) -> Batching:
 
 @rule(
     "aten.select.int",
+    "aten.select_copy.int",
     cases=[
         case("B 4", call=lambda n, x: (x, 1, -1)),
         case("4 B", call=lambda n, x: (x, 0, 2)),
@@ -106,6 +108,7 @@ def select(call: Call) -> Batching:
 
 @rule(
     "aten.split.Tensor",
+    "aten.split_copy.Tensor",
     "aten.unsafe_split.Tensor",
     sizes=("split_size",),
     cases=[
@@ -126,6 +129,8 @@ def select(call: Call) -> Batching:
 )
 @rule(
     "aten.split_with_sizes.default",
+    "aten.unsafe_split_with_sizes.default",
+    "aten.split_with_sizes_copy.default",
     "aten.split.sizes",
     sizes=("split_sizes", "split_size"),
     cases=[
@@ -150,88 +155,31 @@ def split(call: Call) -> Batching:
     return Several(tuple(_blocks(call, x.rows, 0, shape[dim]) for shape in call.out))
 
 
+@rule("aten.vsplit.int", cases=[case("4*B 2", call=lambda n, x: (x, 2)), case("B 4", call=lambda n, x: (x, 1))])
+@rule("aten.hsplit.int", cases=[case("B 4", call=lambda n, x: (x, 2)), case("4*B", call=lambda n, x: (x, 2))])
+@rule("aten.dsplit.int", cases=[case("B 2 4", call=lambda n, x: (x, 2))])
+@rule("aten.vsplit.array", cases=[case("4 B", call=lambda n, x: (x, [1, 3]))])
+@rule("aten.hsplit.array", cases=[case("B 4", call=lambda n, x: (x, [1, 3]))])
+@rule("aten.dsplit.array", cases=[case("B 2 4", call=lambda n, x: (x, [1, 3]))])
+def split_named(call: Call) -> Batching:
+    """Ranges of the first, second or third dim; of a vector its only one."""
+    dim = min("vhd".index(call.name[len("aten.")]), _x(call).ndim - 1)
+    return split(replace(call, args={**call.args, "dim": dim}))
+
+
 def _counted(call: Call) -> bool:
     """Whether the op is told how many parts to make, not of what size."""
-    return "chunk" in call.name or "sections" in call.name
+    return "chunk" in call.name or "sections" in call.args
 
 
-@rule("aten.unbind.int", cases=[case("B 3", call=lambda n, x: (x, 1)), case("3 B", call=lambda n, x: (x, 0))])
+@rule(
+    "aten.unbind.int",
+    "aten.unbind_copy.int",
+    cases=[case("B 3", call=lambda n, x: (x, 1)), case("3 B", call=lambda n, x: (x, 0))],
+)
 def unbind(call: Call) -> Batching:
     """Every entry of a dim, which goes."""
     return Several((select(call),) * len(call.out))
-
-
-@rule(
-    "aten.repeat.default",
-    sizes=("repeats",),
-    cases=[
-        case("B 3", call=lambda n, x: (x, [1, 2])),
-        case("B 3", call=lambda n, x: (x, [2, 1, 1])),
-        case("1 3", call=lambda n, x: (x, [n, 2])),
-        case("4 3", call=lambda n, x: (x, [n, 1])),
-        case("1 3", call=lambda n, x: (x, [n * 2, 1])),
-        case("B 3", call=lambda n, x: (x, [2, 1])),
-        case("B*2 3", call=lambda n, x: (x, [3, 1])),
-        case("B", call=lambda n, x: (x, [n]), declines=True),
-    ],
-)
-def repeat(call: Call) -> Batching:
-    """Whole copies along dims; of the batch dim they are an outer dim of the merged one."""
-    x, repeats = _x(call), list(call["repeats"])
-    new = len(repeats) - x.ndim
-    if x.rows is None:
-        return _copies(call, x, repeats)
-    if any(isinstance(r, Extent) for r in repeats):
-        raise NotRowWise("repeats the batch as often as it has rows")
-    rows = shifted(x.rows, new)
-    return replace(rows, outer=rows.outer * repeats[rows.dim])
-
-
-def _copies(call: Call, x: Operand, repeats: list[int]) -> Batching:
-    """A value without a batch repeated for every row: all of dim i is one block of the merged dim."""
-    grown = [i for i, r in enumerate(repeats) if isinstance(r, Extent)]
-    if not grown:
-        return Replicated()
-    size = ((1,) * (len(repeats) - x.ndim) + x.shape)[grown[0]]
-    if len(grown) > 1 or repeats[grown[0]] % call.batch or (size > 1 and repeats[grown[0]] != call.batch):
-        raise NotRowWise("several sizes depend on the batch")
-    return Rows(grown[0], inner=repeats[grown[0]] // call.batch * size)
-
-
-@rule(
-    "aten.repeat_interleave.self_int",
-    sizes=("repeats", "output_size"),
-    cases=[
-        case("1 3", call=lambda n, x: (x, n, 0)),
-        case("2 3", call=lambda n, x: (x, n, 0)),
-        case("B 3", call=lambda n, x: (x, n, 0), declines=True),
-        case("B 3", call=lambda n, x: (x, 2, 0, {"output_size": 2 * n})),
-        case("B 3", call=lambda n, x: (x, 2, 1)),
-        case("B 3", call=lambda n, x: (x, 2, 0)),
-        case("B*2 3", call=lambda n, x: (x, 3, 0)),
-        case("B", call=lambda n, x: (x, 2)),
-    ],
-)
-def repeat_interleave(call: Call) -> Batching:
-    """Each entry of a dim several times in a row: an inner dim merged into it."""
-    x, repeats = _x(call), call["repeats"]
-    if isinstance(repeats, Extent):
-        return _interleaved_rows(call, x)
-    if x.rows is None:
-        return Replicated()
-    if call["dim"] is None:
-        inner = math.prod(x.shape[x.rows.dim + 1 :]) * call["repeats"]
-        return Rows(0, x.rows.outer * math.prod(x.shape[: x.rows.dim]), x.rows.inner * inner)
-    inner = call["repeats"] if wrap(call["dim"], x.ndim) == x.rows.dim else 1
-    return Rows(x.rows.dim, x.rows.outer, x.rows.inner * inner)
-
-
-def _interleaved_rows(call: Call, x: Operand) -> Batching:
-    """Entries of a value without a batch repeated for every row: they are the outer dim of the merged one."""
-    if x.rows is not None or call["dim"] is None or call["repeats"] % call.batch:
-        raise NotRowWise("repeats the batch as often as it has rows")
-    dim = wrap(call["dim"], x.ndim)
-    return Rows(dim, x.shape[dim], call["repeats"] // call.batch)
 
 
 @rule(
@@ -264,6 +212,7 @@ def roll(call: Call) -> Batching:
 
 @rule(
     "aten.unfold.default",
+    "aten.unfold_copy.default",
     cases=[
         case("B 4", call=lambda n, x: (x, 1, 2, 1)),
         case("B 4", call=lambda n, x: (x, 0, 2, 1), declines=True),
@@ -276,6 +225,7 @@ def unfold(call: Call) -> Batching:
 
 @rule(
     "aten.diagonal.default",
+    "aten.diagonal_copy.default",
     cases=[
         case("B 3 3", call=lambda n, x: (x, 0, 1, 2)),
         case("3 3 B"),
@@ -291,6 +241,22 @@ def diagonal(call: Call) -> Batching:
     if x.rows.dim in pair:
         raise NotRowWise("takes the diagonal over the batch")
     return shifted(x.rows, -sum(d < x.rows.dim for d in pair))
+
+
+@rule(
+    "aten.diag_embed.default",
+    cases=[case("B 3"), case("B 3", call=lambda n, x: (x, 1, 0, 2)), case("3 B", declines=True)],
+)
+def diag_embed(call: Call) -> Batching:
+    """The last dim laid along the diagonal of two new ones."""
+    x = _x(call)
+    first, second = sorted(wrap(call[name], x.ndim + 1) for name in ("dim1", "dim2"))
+    if x.rows is None:
+        return Replicated()
+    if x.rows.dim == x.ndim - 1:
+        raise NotRowWise("lays the batch along a diagonal")
+    rows = shifted(x.rows, int(first <= x.rows.dim))
+    return shifted(rows, int(second <= rows.dim))
 
 
 @rule("aten.tril.default", "aten.triu.default", cases=[case("B 3 3"), case("B 3", declines=True)])

@@ -21,6 +21,8 @@ def _x(call: Call) -> Operand:
     "aten.view.default",
     "aten.reshape.default",
     "aten._unsafe_view.default",
+    "aten.view_copy.default",
+    "aten._reshape_copy.default",
     sizes=_SIZES,
     cases=[
         case("B 2 3", call=lambda n, x: (x, [n, 6])),
@@ -76,6 +78,7 @@ def view_as(call: Call) -> Batching:
         case("2*B 3", call=lambda n, x: (x, 0, [2, n])),
     ],
 )
+@_view("aten.ravel.default", cases=[case("B 2"), case("2 B 3")])
 def flatten(call: Call) -> Batching:
     """Merging or splitting dims is a row-major renumbering."""
     found = reshaped(_x(call), call.out[0], call.batch)
@@ -90,6 +93,7 @@ def flatten(call: Call) -> Batching:
 
 @_view(
     "aten.unsqueeze.default",
+    "aten.unsqueeze_copy.default",
     cases=[
         case("B 3", call=lambda n, x: (x, 0)),
         case("B 3", call=lambda n, x: (x, -1)),
@@ -105,6 +109,7 @@ def unsqueeze(call: Call) -> Batching:
 
 @_view(
     "aten.squeeze.dim",
+    "aten.squeeze_copy.dim",
     cases=[
         case("B 1 3", call=lambda n, x: (x, 1)),
         case("1 B 3", call=lambda n, x: (x, 0)),
@@ -114,6 +119,7 @@ def unsqueeze(call: Call) -> Batching:
 )
 @_view(
     "aten.squeeze.dims",
+    "aten.squeeze_copy.dims",
     cases=[case("B 1 3 1", call=lambda n, x: (x, [1, -1])), case("B 1", call=lambda n, x: (x, [0, 1]), declines=True)],
 )
 def squeeze(call: Call) -> Batching:
@@ -135,7 +141,7 @@ def _permuted(x: Operand, order: list[int]) -> Batching:
     return Replicated() if rows is None else Rows(dims.index(rows.dim), rows.outer, rows.inner)
 
 
-@_view("aten.permute.default", cases=[case("B 2 3", call=lambda n, x: (x, [2, 0, 1]))])
+@_view("aten.permute.default", "aten.permute_copy.default", cases=[case("B 2 3", call=lambda n, x: (x, [2, 0, 1]))])
 def permute(call: Call) -> Batching:
     """Dims in another order."""
     return _permuted(_x(call), list(call["dims"]))
@@ -143,6 +149,7 @@ def permute(call: Call) -> Batching:
 
 @_view(
     "aten.transpose.int",
+    "aten.transpose_copy.int",
     "aten.swapaxes.default",
     "aten.swapdims.default",
     cases=[case("B 2 3", call=lambda n, x: (x, 0, 1)), case("2 B 3", call=lambda n, x: (x, -1, 1))],
@@ -156,13 +163,13 @@ def transpose(call: Call) -> Batching:
     return _permuted(x, order)
 
 
-@_view("aten.t.default", "aten.numpy_T.default", cases=[case("B 3"), case("3 B")])
+@_view("aten.t.default", "aten.t_copy.default", "aten.numpy_T.default", cases=[case("B 3"), case("3 B")])
 def reverse_dims(call: Call) -> Batching:
     """All dims in reverse order."""
     return _permuted(_x(call), list(reversed(range(_x(call).ndim))))
 
 
-@_view("aten.mT.default", "aten.adjoint.default", cases=[case("B 2 3"), case("2 B 3")])
+@_view("aten.mT.default", "aten.adjoint.default", "aten.mH.default", cases=[case("B 2 3"), case("2 B 3")])
 def matrix_transpose(call: Call) -> Batching:
     """The last two dims change places."""
     n = _x(call).ndim
@@ -190,6 +197,8 @@ def movedim(call: Call) -> Batching:
 
 @_view(
     "aten.expand.default",
+    "aten.expand_copy.default",
+    "aten.broadcast_to.default",
     sizes=_SIZES,
     cases=[
         case("B 1", call=lambda n, x: (x, [n, 3])),
@@ -224,5 +233,5 @@ def expand_as(call: Call) -> Batching:
     return batched(aligned([_x(call), call.operand("other")]))
 
 
-rule("aten.view_as_complex.default", cases=[case("B 3 2")])(unary)
+rule("aten.view_as_complex.default", "aten.view_as_complex_copy.default", cases=[case("B 3 2")])(unary)
 rule("aten.view_as_real.default", cases=[case("c:B 3")])(unary)
