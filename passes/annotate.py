@@ -46,7 +46,7 @@ from roo_rewrite.facts import (
     annotation,
 )
 from roo_rewrite.inputs import Atom, Inputs
-from roo_rewrite.leaves import probe
+from roo_rewrite.probing import probe
 from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, op_name
 
 aten = torch.ops.aten

@@ -84,12 +84,13 @@ def _splice(
     assert isinstance(module, GraphModule)
     _inline(module.graph, module)
     mapping: dict[Node, Any] = {}
+    outer: dict[Node, Any] = {}
     stock = iter(args)
     result: Any = None
     with graph.inserting_before(node):
         for inner in module.graph.nodes:
             if inner.op == "placeholder":
-                value = next(stock)
+                value = outer[inner] = next(stock)
                 floating = isinstance(value, Node) and _floating(value)
                 if detach and floating:
                     detached = graph.call_function(aten.detach.default, (value,))
@@ -97,7 +98,7 @@ def _splice(
                     value = detached
                 mapping[inner] = value
             elif inner.op == "output":
-                result = torch.fx.map_arg(inner.args[0], lambda n: mapping[n])
+                result = torch.fx.map_arg(inner.args[0], lambda n: outer.get(_written(n), mapping[n]))
             else:
                 copied = graph.node_copy(inner, lambda n: mapping[n])
                 copied.meta = dict(inner.meta)
@@ -111,6 +112,13 @@ def _splice(
     graph.erase_node(node)
     if not body.users:
         graph.erase_node(body)
+
+
+def _written(node: Node) -> Node:
+    """The value that an in-place op writes into and returns, or the node itself."""
+    while targets := mutated(node):
+        node = targets[0]
+    return node
 
 
 def _floating(node: Node) -> bool:

@@ -8,6 +8,7 @@ kept: a batch outside them is run by the original.
 from __future__ import annotations
 
 import contextlib
+import enum
 import io
 import logging
 import re
@@ -27,7 +28,8 @@ from torch.utils import _pytree as pytree
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
-from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque
+from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
+from roo_rewrite.purity import random_kept, twin, untraceable
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
 _BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
@@ -39,9 +41,11 @@ class Captured:
 
     bodies: holds the bodies of higher-order ops by name. sites: what each `roo::leaf` node calls.
     symbols: the trace's size symbols -> the same in terms of `BATCH`.
-    accepts: whether a batch of this many rows is one the trace is valid for.
+    accepts: whether a batch of this many rows is one the trace is valid for. model: the copy that was traced.
+    assumed: buffers whose values the passes built on (masks, index vectors): see `Program.holds`.
     """
 
+    model: nn.Module
     graph: torch.fx.Graph
     bodies: nn.Module
     constants: dict[str, Tensor]
@@ -53,6 +57,7 @@ class Captured:
     sites: list[LeafSite] = field(default_factory=list)
     leaves: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
+    assumed: dict[str, Tensor] = field(default_factory=dict)
 
     def expr(self, size: int | torch.SymInt) -> sympy.Expr:
         """A size in terms of `BATCH`."""
@@ -74,8 +79,8 @@ class _Adapter(nn.Module):
         inputs, statics = self.__dict__["_call"]
         args, kwargs = inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
         values, tree = flatten_output(self.model(*args, **kwargs))
-        self.__dict__["_out"] = ([v if not isinstance(v, Tensor) else _TENSOR for v in values], tree)
-        return tuple(v for v in values if isinstance(v, Tensor))
+        self.__dict__["_out"] = ([v if not isinstance(v, _COMPUTED) else _TENSOR for v in values], tree)
+        return tuple(v for v in values if isinstance(v, _COMPUTED))
 
 
 class _Tensor:
@@ -84,10 +89,15 @@ class _Tensor:
 
 
 _TENSOR = _Tensor()
+_COMPUTED = (Tensor, torch.SymInt)
+_KEPT = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, enum.Enum)
 
 
 def flatten_output(out: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """A model's output as leaves; dataclasses and the like that torch does not know are registered."""
+    """A model's output as leaves; dataclasses and the like that torch does not know are registered.
+
+    Raises CaptureError for an object that may hold tensors nobody can see.
+    """
     for _ in range(8):
         values, tree = pytree.tree_flatten(out)
         unknown = {type(v) for v in values if hasattr(type(v), "__dataclass_fields__")}
@@ -95,6 +105,9 @@ def flatten_output(out: Any) -> tuple[list[Any], pytree.TreeSpec]:
             break
         for kind in unknown:
             torch.export.register_dataclass(kind)
+    strange = next((v for v in values if not isinstance(v, (*_COMPUTED, *_KEPT))), None)
+    if strange is not None:
+        raise CaptureError(f"forward returns a {type(strange).__name__}, which is no tensor and no plain value")
     return values, tree
 
 
@@ -109,7 +122,7 @@ def trace_batch(model: nn.Module, atoms: Sequence[Tensor]) -> int:
     """A prime that divides no size in sight, so that no size can be mistaken for the batch."""
     sizes = {s for t in (*model.parameters(), *model.buffers()) for s in t.shape}
     sizes |= {s for t in atoms for s in t.shape[1:]}
-    primes = (p for p in range(11, 10**6) if all(p % d for d in range(2, int(p**0.5) + 1)))
+    primes = (p for p in range(61, 10**6) if all(p % d for d in range(2, int(p**0.5) + 1)))
     return next(p for p in primes if all(s % p or s == 0 for s in sizes))
 
 
@@ -127,20 +140,22 @@ def trace_rows(inputs: Inputs, atoms: Sequence[Tensor], batch: int) -> list[Tens
 def capture(
     model: nn.Module, inputs: Inputs, atoms: Sequence[Tensor], statics: Sequence[Any], leaves: Sequence[str]
 ) -> Captured:
-    """Traces `model` in its present mode. A module that cannot be traced becomes a leaf, and is noted.
+    """Traces a copy of `model` in its present mode. A module that cannot be traced becomes a leaf, and is noted.
 
     Raises CaptureError when the model cannot be run on the example, or not be traced at all.
     """
     batch = trace_batch(model, atoms)
     example = trace_rows(inputs, atoms, batch)
-    chosen, notes = list(leaves), list[str]()
+    _pure(model, inputs, example, statics)
+    chosen, notes = outermost(leaves), list[str]()
     for _ in range(32):
+        copied = twin(model)
         try:
-            captured = _export(model, inputs, example, statics, chosen, batch)
+            captured = _export(copied, inputs, example, statics, chosen, batch)
         except CaptureError:
             raise
         except Exception as e:  # whatever user code raises while it is traced
-            path = _innermost(model, e)
+            path = _innermost(copied, e)
             if not path or path in chosen:
                 raise CaptureError(f"the model cannot be traced: {_brief(e)}") from e
             chosen = [p for p in chosen if not p.startswith(f"{path}.")] + [path]
@@ -149,6 +164,26 @@ def capture(
         captured.notes = notes
         return captured
     raise CaptureError("the model needs more than 32 leaf modules; name its untraceable modules with leaves=[...]")
+
+
+def _pure(model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any]) -> None:
+    def call(order: Tensor) -> Callable[[nn.Module], list[Tensor]]:
+        def run(copied: nn.Module) -> list[Tensor]:
+            args, kwargs = inputs.unflatten(inputs.select(example, order, _BOTH), Provenance.IMPRESSION, statics)
+            return tensors_of(copied(*args, **kwargs))
+
+        return run
+
+    rows = inputs.rows(example, Provenance.IMPRESSION) or inputs.rows(example, Provenance.REQUEST) or 0
+    order = torch.arange(rows)
+    try:
+        reason = untraceable(model, call(order), call(order.flip(0)))
+    except CaptureError:
+        raise
+    except Exception as e:
+        raise CaptureError(f"the model fails on {rows} rows: {_brief(e)}") from e
+    if reason is not None:
+        raise CaptureError(reason)
 
 
 def _brief(e: BaseException) -> str:
@@ -172,54 +207,40 @@ def _innermost(model: nn.Module, error: BaseException) -> str | None:
 
 
 class _CustomBackwardError(RuntimeError):
-    """A Python autograd.Function was met: its backward would be lost in the trace."""
+    """A hook or a backward inside of forward: it would be lost in the trace."""
 
 
 @contextlib.contextmanager
 def _no_custom_backward() -> Iterator[None]:
-    original = torch.autograd.Function.__dict__["apply"]
+    """While active, what a trace would lose of the backward raises."""
 
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if not cls.__module__.startswith("torch."):
-            raise _CustomBackwardError(f"{cls.__qualname__} is an autograd.Function with a backward of its own")
-        return original.__func__(cls, *args, **kwargs)
+    def refuse(name: str) -> Callable[..., Any]:
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            raise _CustomBackwardError(f"forward calls {name}, which a trace loses")
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,arg-type]
+        return refused
+
+    places: list[tuple[Any, str]] = [
+        (torch.Tensor, "register_hook"),
+        (torch.Tensor, "backward"),
+        (torch.autograd, "grad"),
+        (torch.autograd, "backward"),
+    ]
+    saved = [getattr(owner, name) for owner, name in places]
+    for owner, name in places:
+        setattr(owner, name, refuse(name))
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
-    """Undoes attribute assignments of the traced forward; raises if it keeps state in Python numbers."""
-    before = {m: dict(m.__dict__) for m in model.modules()}
-    stored = {m: (dict(m._buffers), dict(m._parameters)) for m in before}
-    changed: str | None = None
-    try:
-        yield
-    finally:
-        paths = {m: p for p, m in model.named_modules()}
-        for module, attributes in before.items():
-            for key, value in list(module.__dict__.items()):
-                plain = isinstance(value, (int, float, str))
-                if plain and key in attributes and attributes[key] != value:
-                    changed = changed or f"{paths[module]}.{key}"
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            module._buffers.update(stored[module][0])
-            module._parameters.update(stored[module][1])
-    if changed is not None:
-        raise CaptureError(f"forward keeps state in the Python attribute {changed.lstrip('.')!r}; make it a buffer")
+        for (owner, name), original in zip(places, saved):
+            setattr(owner, name, original)
 
 
 def _export(
     model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any], leaves: list[str], batch: int
 ) -> Captured:
     sites: list[LeafSite] = []
-    if leaves:
-        _observe(model, inputs, example, statics, leaves, sites, batch)
+    _observe(twin(model), inputs, example, statics, leaves, sites, batch)
     adapter = _Adapter(model, inputs, statics)
     adapter.training = model.training
     shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
@@ -227,7 +248,13 @@ def _export(
     level = quiet.level
     try:
         quiet.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), _no_custom_backward(), _unchanged(model), opaque(model, leaves, sites):
+        with (
+            random_kept(),
+            torch.enable_grad(),
+            warnings.catch_warnings(),
+            _no_custom_backward(),
+            opaque(model, leaves, sites),
+        ):
             warnings.simplefilter("ignore")
             with (
                 _assignments_allowed(),
@@ -242,7 +269,17 @@ def _export(
     symbols = _batch_symbols(program, inputs, graph)
     accepts = _acceptance(program, symbols, example, batch)
     return Captured(
-        graph, program.graph_module, constants, out_tree, out_values, batch, symbols, accepts, sites, tuple(leaves)
+        model,
+        graph,
+        program.graph_module,
+        constants,
+        out_tree,
+        out_values,
+        batch,
+        symbols,
+        accepts,
+        sites,
+        tuple(leaves),
     )
 
 
@@ -269,7 +306,7 @@ def _observe(
     batch: int,
 ) -> None:
     second = batch + 2
-    with torch.no_grad(), frozen_buffers(model):
+    with torch.no_grad(), random_kept(), frozen_buffers(model):
         for size, again in ((batch, False), (second, True)):
             rows = inputs.select(example, torch.arange(size) % batch, _BOTH)
             args, kwargs = inputs.unflatten(rows, Provenance.IMPRESSION, statics)
@@ -332,10 +369,11 @@ def _acceptance(
             size = int(expr.subs(BATCH, n)) if not expr.is_Integer else int(expr)
             if (lower > 2 and size < lower) or size > upper:
                 return False
-        if not codes:
-            return True
         shapes = [(n if s and s[0] == batch else s[0] if s else 0, *s[1:]) for s in fixed]
         stand_ins = [types.SimpleNamespace(size=lambda s=s: s) for s in shapes]
-        return all(eval(code, {"L": {"atoms": stand_ins}, "torch": torch}) for code in codes)
+        try:
+            return all(eval(code, {"L": {"atoms": stand_ins}, "torch": torch}) for code in codes)
+        except (AttributeError, NameError, TypeError):  # a guard on more than sizes
+            return False
 
     return accepts

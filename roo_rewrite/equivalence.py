@@ -69,56 +69,6 @@ def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(tensor == tensor.round(), tensor, tensor * factor.to(tensor)).detach()
 
 
-# -- inside `rewrite`
-
-
-def mismatch(model: RequestModel, program: Program, example: Sequence[Tensor], statics: Sequence[Any]) -> str | None:
-    """A difference between a fresh program and the original on small batches, in the model's own precision."""
-    generator = torch.Generator().manual_seed(0)
-    for counts in ([2, 0, 3], [4, 1, 2, 0, 3], [6]):
-        if not program.accepts(sum(counts)):
-            continue
-        batch = draw_batch(model._inputs, example, counts, generator)
-        found = _differ(model, program, batch, statics)
-        if found is not None:
-            return f"{found}, num_impressions={counts}"
-    return None
-
-
-def differs_small(
-    model: RequestModel, program: Program, example: Sequence[Tensor], statics: Sequence[Any]
-) -> frozenset[int]:
-    """Row counts the trace never sees (0, 1) at which the original runs and gives something else."""
-    generator = torch.Generator().manual_seed(1)
-    bad = set()
-    for rows in (0, 1):
-        batch = draw_batch(model._inputs, example, [rows], generator)
-        if _differ(model, program, batch, statics, loose=True) is not None:
-            bad.add(rows)
-    return frozenset(bad)
-
-
-def _differ(
-    model: RequestModel, program: Program, batch: Batch, statics: Sequence[Any], loose: bool = False
-) -> str | None:
-    """What differs between program and original on `batch`; loose: where the original fails, nothing does."""
-    assert program.emitted is not None
-    args, kwargs = model._inputs.unflatten(batch.expanded(model._inputs), Provenance.IMPRESSION, statics)
-    with torch.no_grad(), frozen_buffers(model._original), torch.random.fork_rng(devices=[]):
-        try:
-            torch.manual_seed(0)
-            expected = tensors_of(model._original(*args, **kwargs))
-        except Exception as e:
-            return None if loose else f"the original fails on a batch: {type(e).__name__}: {e}"
-    with torch.no_grad(), frozen_buffers(model._original), torch.random.fork_rng(devices=[]):
-        try:
-            torch.manual_seed(0)
-            found = [t for t in program.emitted.whole(model, *batch.atoms, batch.counts) if isinstance(t, Tensor)]
-        except Exception as e:
-            return f"the rewritten model fails: {type(e).__name__}: {e}"
-    return compare(found, expected, reshape=loose)
-
-
 def compare(
     found: Sequence[Tensor], expected: Sequence[Tensor], reshape: bool = False, precision: torch.dtype = torch.float64
 ) -> str | None:

@@ -9,6 +9,7 @@ replaced (sharded, say) later. Whether a leaf is row-wise is shown in `probing`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,7 +116,7 @@ def intercepted(model: nn.Module, paths: Sequence[str], handle: Handle) -> Itera
     original = torch.autograd.Function.__dict__["apply"]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        real = original.__func__.__get__(None, cls)
+        real = functools.partial(original.__func__, cls)
         if cls.__module__ == "torch.utils.checkpoint":
             return args[0](*args[2:]) if cls.__name__ == "CheckpointFunction" else real(*args, **kwargs)
         if cls.__module__.startswith(_TRACER):
@@ -175,7 +176,10 @@ def _alike(known: LeafSite, site: LeafSite, outputs: list[Tensor]) -> bool:
     if len(known.shapes) != len(outputs) or known.in_tree != site.in_tree:
         return False
     pairs = zip(known.in_values, site.in_values)
-    return all(isinstance(a, Tensor) == isinstance(b, Tensor) and (isinstance(a, Tensor) or a is b or bool(a == b)) for a, b in pairs)
+    return all(
+        isinstance(a, Tensor) == isinstance(b, Tensor) and (isinstance(a, Tensor) or a is b or bool(a == b))
+        for a, b in pairs
+    )
 
 
 @contextlib.contextmanager
@@ -220,7 +224,9 @@ def default_leaves(model: nn.Module) -> list[str]:
     TorchRec's embedding modules, so that they stay shardable, and modules with backward hooks, which a trace loses.
     """
     names = {"EmbeddingBagCollection", "EmbeddingCollection", "ShardedEmbeddingBagCollection"}
-    torchrec = [p for p, m in model.named_modules() if p and type(m).__name__ in names and "torchrec" in type(m).__module__]
+    torchrec = [
+        p for p, m in model.named_modules() if p and type(m).__name__ in names and "torchrec" in type(m).__module__
+    ]
     hooked = [p for p, m in model.named_modules() if p and (m._backward_hooks or m._backward_pre_hooks)]
     return outermost([*torchrec, *hooked])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,8 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roo_rewrite.calls import (
+    ambient,
+    check_batch,
+    check_counts,
+    check_dims,
+    expanded_example,
+    hashable,
+    kind,
+    like,
+    without_empty,
+)
 from roo_rewrite.capture import unflatten_output
-from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import request_of
@@ -18,7 +29,9 @@ from roo_rewrite.program import Program
 from roo_rewrite.report import Report
 
 Build = Callable[["RequestModel", Sequence[Tensor], Sequence[Any], str], Program]
+Setting = tuple[str, str]
 _MAX_PROGRAMS = 16
+_EXAMPLE_ROWS = 64
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
@@ -27,7 +40,8 @@ class RequestModel(nn.Module):
 
     Call it like the original, with R rows in request inputs and I in impression inputs, and
     `num_impressions: int64[R]`. Outputs have I rows and the original's structure. Parameters, buffers and
-    submodules are the original's own objects: training one trains the other.
+    submodules are the original's own objects: training one trains the other. Other attributes are read from
+    the original, and plain ones set there.
     """
 
     _original: nn.Module
@@ -37,11 +51,19 @@ class RequestModel(nn.Module):
     _programs: dict[Any, Program]
     _current: dict[bool, Program]
     _members: list[nn.Module]
+    _settings: tuple[list[Setting], list[tuple[nn.Module, str]]]
     _roo: nn.Module
 
     def __init__(
-        self, original: nn.Module, inputs: Inputs, example: Sequence[Tensor], statics: Sequence[Any], build: Build
+        self,
+        original: nn.Module,
+        inputs: Inputs,
+        example: Sequence[Tensor],
+        statics: Sequence[Any],
+        build: Build,
+        settings: Sequence[Setting] = (),
     ):
+        """settings: path of a module and name of a plain attribute that its forward may read."""
         super().__init__()
         self.__class__ = _signed(original)
         for name in _SHARED:
@@ -55,24 +77,55 @@ class RequestModel(nn.Module):
         self.__dict__["_programs"] = dict[Any, Program]()
         self.__dict__["_current"] = dict[bool, Program]()
         self.__dict__["_members"] = list(original.modules())
+        known = [(original.get_submodule(path), key) for path, key in settings]
+        self.__dict__["_settings"] = (list(settings), known)
         self.add_module("_roo", nn.Module())
         self._program(example, statics)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_original" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_original"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        original = self.__dict__.get("_original")
+        if original is not None and name not in self.__dict__ and name in original.__dict__:
+            setattr(original, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RequestModel:
+        made = self.__class__.__new__(self.__class__)
+        memo[id(self)] = made
+        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # Programs hold functions and traces; they are built again where the model is loaded.
+        example, statics = self._example
+        return RequestModel, (self._original, self._inputs, example, statics, self._build, self._settings[0])
+
     # -- running
 
-    def forward(self, *args: Any, num_impressions: Tensor, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, num_impressions: Tensor | None = None, **kwargs: Any) -> Any:
         """Scores of all impressions. Raises InputError where the arguments do not form a batch."""
         atoms, statics = self._inputs.flatten(args, kwargs, Provenance.REQUEST)
+        counts: Any = num_impressions
         if torch.compiler.is_compiling():
             program = self._current[self.training]
         else:
-            program = self._program(atoms, statics)
-            rows = check_batch(self._inputs, atoms, num_impressions)
+            rows = check_batch(self._inputs, atoms, counts)
+            counts = counts.to(torch.long)
+            program = self._program(atoms, statics, counts)
             if not program.accepts(rows):
-                return self._broadcast_first(atoms, statics, num_impressions)
+                return self._broadcast_first(atoms, statics, counts)
+            atoms, counts = without_empty(self._inputs, atoms, counts)
         if program.emitted is None or program.captured is None:
-            return self._broadcast_first(atoms, statics, num_impressions)
-        return unflatten_output(program.captured, program.emitted.whole(self, *atoms, num_impressions))
+            return self._broadcast_first(atoms, statics, counts)
+        return unflatten_output(program.captured, program.emitted.whole(self, *atoms, counts))
 
     def request_part(self, *args: Any, num_impressions: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Request inputs -> the values that cross to the impressions, by name, R rows each.
@@ -96,7 +149,7 @@ class RequestModel(nn.Module):
         program = self._whole_program()
         atoms = self._inputs.flatten_side(args, kwargs, Provenance.IMPRESSION)
         rows = next((int(t.shape[0]) for a, t in zip(self._side(Provenance.IMPRESSION), atoms) if a.kind == "dense"), 0)
-        counts = torch.tensor([rows]) if num_impressions is None else num_impressions
+        counts = torch.tensor([rows]) if num_impressions is None else num_impressions.to(torch.long)
         if program.emitted is None or program.captured is None:
             stocks = {Provenance.REQUEST: iter(user.values()), Provenance.IMPRESSION: iter(atoms)}
             whole = [next(stocks[a.provenance]) for a in self._inputs.atoms]
@@ -115,33 +168,35 @@ class RequestModel(nn.Module):
     def _broadcast_first(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor) -> Any:
         """F(E(U), x): the original on broadcast inputs. Correct for every model, and saves nothing."""
         self._original._modules.update({n: m for n, m in self._modules.items() if n != "_roo"})
-        rows = request_of(counts.to(torch.long), int(counts.sum()))
+        rows = request_of(counts, int(counts.sum()))
         expanded = self._inputs.select(atoms, rows, (Provenance.REQUEST,))
         args, kwargs = self._inputs.unflatten(expanded, Provenance.IMPRESSION, statics)
         return self._original(*args, **kwargs)
 
     # -- programs
 
-    def _program(self, atoms: Sequence[Tensor], statics: Sequence[Any]) -> Program:
-        """The program for this mode and these kinds of input, built on demand."""
+    def _program(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor | None = None) -> Program:
+        """The program for this mode, these settings and these kinds of input, built on demand."""
         modes = tuple(m.training for m in self._members)
-        key = (self.training, modes, _dtype(self), tuple(_kind(t) for t in atoms), _hashable(statics))
+        settings = tuple(m.__dict__.get(k) for m, k in self._settings[1])
+        kinds = tuple(kind(t) for t in atoms)
+        key = (self.training, modes, settings, _dtype(self), kinds, hashable(statics), ambient())
         found = self._programs.get(key)
-        if found is None:
-            found = self._new_program(atoms, statics)
+        if found is None or not found.holds(self):
+            found = self._new_program(atoms, statics, counts)
             self._programs[key] = found
         self._current[self.training] = found
         return found
 
-    def _new_program(self, atoms: Sequence[Tensor], statics: Sequence[Any]) -> Program:
+    def _new_program(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor | None) -> Program:
         if len(self._programs) >= _MAX_PROGRAMS:
             return Program(None, None, notes=(f"more than {_MAX_PROGRAMS} kinds of input; the original runs",))
-        example, _ = self._example
-        fits = [_kind(a) == _kind(b) for a, b in zip(example, atoms)]
-        if not all(fits):
-            example = [_like(e, a) for e, a in zip(example, atoms)]
-        name = f"p{len(self._programs)}"
-        return self._build(self, example, statics, name)
+        example: Sequence[Tensor] = self._example[0]
+        check_dims(self._inputs, example, atoms)
+        if any(kind(a) != kind(b) for a, b in zip(example, atoms)):
+            own = None if counts is None else expanded_example(self._inputs, atoms, counts, _EXAMPLE_ROWS)
+            example = own or [like(e, a) for e, a in zip(example, atoms)]
+        return self._build(self, example, statics, f"p{len(self._programs)}")
 
     def train(self, mode: bool = True) -> RequestModel:
         """Switches both this module and the original; the program of a new mode is built here."""
@@ -169,7 +224,7 @@ class RequestModel(nn.Module):
 def _signed(original: nn.Module) -> type[RequestModel]:
     """RequestModel whose `forward` shows the original's parameters and `num_impressions`: torch.export goes by it."""
 
-    def forward(self: RequestModel, *args: Any, num_impressions: Tensor, **kwargs: Any) -> Any:
+    def forward(self: RequestModel, *args: Any, num_impressions: Tensor | None = None, **kwargs: Any) -> Any:
         return RequestModel.forward(self, *args, num_impressions=num_impressions, **kwargs)
 
     own = inspect.signature(RequestModel.forward)
@@ -184,50 +239,5 @@ def _signed(original: nn.Module) -> type[RequestModel]:
     return type("RequestModel", (RequestModel,), {"forward": forward, "__module__": __name__})
 
 
-def check_batch(inputs: Inputs, atoms: Sequence[Tensor], counts: Tensor) -> int:
-    """I, the number of impressions. Raises InputError where rows and counts disagree."""
-    requests = inputs.rows(atoms, Provenance.REQUEST)
-    impressions = inputs.rows(atoms, Provenance.IMPRESSION)
-    return check_counts(counts, requests, impressions)
-
-
-def check_counts(counts: Tensor, requests: int | None, impressions: int | None) -> int:
-    """I. `counts` must be an integer vector `[R]`, not negative, and sum to I."""
-    if not isinstance(counts, Tensor) or counts.dtype not in (torch.int64, torch.int32) or counts.ndim != 1:
-        what = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
-        raise InputError(f"num_impressions must be an int64 tensor [requests], got {what}")
-    if requests is not None and counts.shape[0] != requests:
-        raise InputError(
-            f"num_impressions has {counts.shape[0]} entries, the request inputs have {requests} rows; "
-            "give one count a request (request inputs come with R rows, not I)"
-        )
-    if counts.numel() and int(counts.min()) < 0:
-        raise InputError(f"num_impressions has a negative count at request {int(counts.argmin())}")
-    total = int(counts.sum())
-    if impressions is not None and total != impressions:
-        raise InputError(f"num_impressions sums to {total}, the impression inputs have {impressions} rows")
-    return total
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return (tensor.dtype, tensor.device, tuple(tensor.shape[1:]))
-
-
-def _like(example: Tensor, given: Tensor) -> Tensor:
-    """The example in the dtype, device and sizes of what is given: cut, or repeated from its start."""
-    made = example
-    for dim in range(1, min(example.ndim, given.ndim)):
-        made = made.index_select(dim, torch.arange(given.shape[dim], device=made.device) % max(made.shape[dim], 1))
-    return made.to(dtype=given.dtype, device=given.device)
-
-
 def _dtype(module: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-
-
-def _hashable(statics: Sequence[Any]) -> Any:
-    try:
-        hash(tuple(statics))
-        return tuple(statics)
-    except TypeError:
-        return repr(statics)

@@ -14,12 +14,13 @@ What cannot be captured or fails its check runs as F(E(U), x): the original on b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import passes.annotate
 import passes.hoist
@@ -29,7 +30,6 @@ import passes.partition
 import passes.split
 from roo_rewrite.capture import Captured, capture
 from roo_rewrite.emit import emit, rename
-from roo_rewrite.equivalence import differs_small, mismatch
 from roo_rewrite.errors import CaptureError, EquivalenceError, SpecError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec
@@ -37,6 +37,8 @@ from roo_rewrite.inputs import Inputs, bind_inputs
 from roo_rewrite.leaves import default_leaves
 from roo_rewrite.module import RequestModel
 from roo_rewrite.program import Program, holder
+from roo_rewrite.purity import random_kept, settings, twin
+from roo_rewrite.trial import Trial
 
 DEFAULT_FANOUT = 16.0
 
@@ -81,8 +83,8 @@ def rewrite(
     inputs = bind_inputs(model.forward, args, kwargs, spec)
     atoms, statics = inputs.flatten(args, kwargs, Provenance.IMPRESSION)
     options = Options(_fanout(fanout), _dropout(dropout), _paths(model, leaves), check, split)
-    _runs(model, args, kwargs)
-    return RequestModel(model, inputs, atoms, statics, builder(options))
+    known = _runs(model, args, kwargs)
+    return RequestModel(model, inputs, atoms, statics, Builder(options), known)
 
 
 def _fanout(fanout: float | None) -> float:
@@ -106,29 +108,37 @@ def _paths(model: nn.Module, leaves: Sequence[str]) -> tuple[str, ...]:
     return tuple(leaves)
 
 
-def _runs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    """The example must run before anything else is said about the model."""
-    from roo_rewrite.leaves import frozen_buffers
-
+def _runs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where the model keeps its settings. The example must run before anything else is said about the model."""
+    copied = twin(model)
+    given = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model):
-            model(*args, **kwargs)
+        with torch.no_grad(), random_kept():
+            copied(*given[0], **given[1])
     except Exception as e:
         raise CaptureError(f"the model cannot be called with the example: {type(e).__name__}: {e}") from e
+    return settings(model, copied)
 
 
-def builder(options: Options) -> Callable[[RequestModel, Sequence[Tensor], Sequence[Any], str], Program]:
-    """What builds the program of a RequestModel for one mode and kind of input."""
+@dataclass(frozen=True)
+class Builder:
+    """Builds the program of a RequestModel for one mode and kind of input."""
 
-    def build(model: RequestModel, example: Sequence[Tensor], statics: Sequence[Any], name: str) -> Program:
+    options: Options
+
+    def __call__(self, model: RequestModel, example: Sequence[Tensor], statics: Sequence[Any], name: str) -> Program:
+        """The program; one without functions where nothing could be proved, its notes say why."""
         try:
-            return _build(options, model, example, statics, name)
-        except EquivalenceError:
-            raise
+            with torch.inference_mode(False), torch.enable_grad():
+                return _build(self.options, model, example, statics, name)
         except CaptureError as e:
             return Program(None, None, notes=(str(e),))
-
-    return build
+        except EquivalenceError:
+            raise
+        except Exception as e:  # a fault of ours must not keep a model from running
+            if self.options.check:
+                raise
+            return Program(None, None, notes=(f"internal error, please report it: {type(e).__name__}: {e}",))
 
 
 def _build(
@@ -139,15 +149,15 @@ def _build(
     captured = capture(original, inputs, example, statics, leaves)
     passes.normalize.normalize(captured)
     policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
-    program = _compile(captured, inputs, original, policy, options, name)
-    model._roo.add_module(name, holder(model, captured, program_sites(captured)))
-    found = mismatch(model, program, example, statics)
+    program = _compile(captured, inputs, captured.model, policy, options, name)
+    trial = Trial(original, program, inputs, statics, name)
+    found = trial.mismatch(example)
     if found is not None:
         if options.check:
             raise EquivalenceError(f"the rewritten model differs from the original: {found}", where=found)
         return Program(None, None, notes=(f"the rewritten model failed its check and is not used: {found}",))
-    small = differs_small(model, program, example, statics)
-    return Program(captured, program.emitted, small, program.plan, tuple(captured.notes), program.candidates)
+    model._roo.add_module(name, holder(model, captured))
+    return replace(program, empty=not trial.fails_empty(example), notes=tuple(captured.notes))
 
 
 def _compile(
@@ -161,8 +171,3 @@ def _compile(
     passes.lower.lower(graph)
     rename(graph, name)
     return Program(captured, emit(graph), plan=plan, candidates=tuple(candidates))
-
-
-def program_sites(captured: Captured) -> list[int]:
-    """Indices of the leaf call sites of a capture."""
-    return list(range(len(captured.sites)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from roo_rewrite.capture import Captured
@@ -30,33 +30,50 @@ class Program:
     """What a RequestModel runs.
 
     captured, emitted: None where nothing could be proved: then the original runs on the broadcast inputs.
-    small: row counts (0, 1) for which the trace was seen to differ from the original.
+    empty: whether it may run on an empty batch, because the original cannot.
     plan: the analysis behind it, for the report.
     """
 
     captured: Captured | None
     emitted: Emitted | None
-    small: frozenset[int] = frozenset()
+    empty: bool = False
     plan: Any = None
     notes: tuple[str, ...] = ()
     candidates: tuple[Any, ...] = ()
+    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         # Immutable once built, and the graph's traced values cannot be copied.
         return self
 
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the buffers whose values were built on (masks, index vectors) still have these values."""
+        assumed = {} if self.captured is None else self.captured.assumed
+        for name, value in assumed.items():
+            buffer = model.get_buffer(name)
+            state = (id(buffer), buffer._version)
+            if self.seen.get(name) == state:
+                continue
+            if buffer.shape != value.shape or not torch.equal(buffer.to(value), value):
+                return False
+            self.seen[name] = state
+        return True
+
     def accepts(self, impressions: int) -> bool:
-        """Whether the emitted functions hold for this many impressions."""
-        if self.captured is None or impressions in self.small:
+        """Whether the emitted functions hold for this many impressions.
+
+        One impression is the original's: a trace never sees a batch of one, and there is nothing to save.
+        """
+        if self.captured is None or impressions == 1 or (impressions == 0 and not self.empty):
             return False
-        return self.captured.accepts(impressions) if impressions > 1 else True
+        return self.captured.accepts(impressions) if impressions else True
 
 
-def holder(root: nn.Module, captured: Captured, sites: Sequence[int]) -> nn.Module:
+def holder(root: nn.Module, captured: Captured) -> nn.Module:
     """The module under `_roo` of the emitted model: constants of the trace, and leaf call sites."""
     made = nn.Module()
     for name, value in captured.constants.items():
         made.register_buffer(name, value, persistent=False)
-    for site in sites:
-        made.add_module(f"leaf_{site}", LeafCall(root, captured.sites[site]))
+    for index, site in enumerate(captured.sites):
+        made.add_module(f"leaf_{index}", LeafCall(root, site))
     return made

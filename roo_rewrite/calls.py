@@ -1,0 +1,97 @@
+"""What a call of a RequestModel must look like: its counts, and the kinds of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roo_rewrite.errors import InputError
+from roo_rewrite.facts import Provenance
+from roo_rewrite.inputs import Inputs
+
+
+def check_batch(inputs: Inputs, atoms: Sequence[Tensor], counts: Any) -> int:
+    """I, the number of impressions. Raises InputError where rows and counts disagree."""
+    requests = inputs.rows(atoms, Provenance.REQUEST)
+    impressions = inputs.rows(atoms, Provenance.IMPRESSION)
+    return check_counts(counts, requests, impressions)
+
+
+def check_counts(counts: Any, requests: int | None, impressions: int | None) -> int:
+    """I. `counts` must be an integer vector `[R]`, not negative, and sum to I."""
+    if counts is None:
+        raise InputError("num_impressions is missing: pass an int64 tensor [requests], the impressions of each request")
+    if not isinstance(counts, Tensor) or counts.dtype not in (torch.int64, torch.int32) or counts.ndim != 1:
+        what = f"{counts.dtype} {list(counts.shape)}" if isinstance(counts, Tensor) else type(counts).__name__
+        raise InputError(f"num_impressions must be an int64 tensor [requests], got {what}")
+    if requests is not None and counts.shape[0] != requests:
+        raise InputError(
+            f"num_impressions has {counts.shape[0]} entries, the request inputs have {requests} rows; "
+            "give one count a request (request inputs come with R rows, not I)"
+        )
+    if counts.numel() and int(counts.min()) < 0:
+        raise InputError(f"num_impressions has a negative count at request {int(counts.argmin())}")
+    total = int(counts.sum())
+    if impressions is not None and total != impressions:
+        raise InputError(f"num_impressions sums to {total}, the impression inputs have {impressions} rows")
+    return total
+
+
+def without_empty(inputs: Inputs, atoms: Sequence[Tensor], counts: Tensor) -> tuple[Sequence[Tensor], Tensor]:
+    """The batch without its requests that have no impression.
+
+    The original never sees those: a NaN or an id out of range in one must not reach a gradient or a statistic.
+    """
+    if not counts.numel() or int(counts.min()) > 0:
+        return atoms, counts
+    kept = counts.nonzero().squeeze(1)
+    return inputs.select(atoms, kept, (Provenance.REQUEST,)), counts.index_select(0, kept)
+
+
+def check_dims(inputs: Inputs, example: Sequence[Tensor], atoms: Sequence[Tensor]) -> None:
+    """Raises InputError where a tensor has more or fewer dims than in the example."""
+    for atom, known, given in zip(inputs.atoms, example, atoms):
+        if known.ndim != given.ndim:
+            raise InputError(
+                f"input {atom.name!r} has {given.ndim} dims {list(given.shape)}, in the example it has {known.ndim}"
+            )
+
+
+def kind(tensor: Tensor) -> tuple[Any, ...]:
+    """What a program is specialised to."""
+    return (tensor.dtype, tensor.device, tuple(tensor.shape[1:]))
+
+
+def like(example: Tensor, given: Tensor) -> Tensor:
+    """The example in the dtype, device and sizes of what is given: cut, or repeated from its start."""
+    made = example
+    for dim in range(1, min(example.ndim, given.ndim)):
+        made = made.index_select(dim, torch.arange(given.shape[dim], device=made.device) % max(made.shape[dim], 1))
+    return made.to(dtype=given.dtype, device=given.device)
+
+
+def expanded_example(inputs: Inputs, atoms: Sequence[Tensor], counts: Tensor, rows: int) -> list[Tensor] | None:
+    """The first `rows` impressions of a request-level batch as an impression-level example; None where there are none."""
+    requests = torch.repeat_interleave(counts)[:rows]
+    if not requests.numel():
+        return None
+    detached = [t.detach() for t in atoms]
+    cut = inputs.select(detached, torch.arange(len(requests), device=requests.device), (Provenance.IMPRESSION,))
+    return inputs.select(cut, requests, (Provenance.REQUEST,))
+
+
+def ambient() -> tuple[Any, ...]:
+    """What of the surroundings a trace depends on: autocast."""
+    return tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda"))
+
+
+def hashable(statics: Sequence[Any]) -> Any:
+    """The values that are not tensors, as part of a key."""
+    try:
+        hash(tuple(statics))
+        return tuple((type(v), v) for v in statics)
+    except TypeError:
+        return repr(statics)

@@ -1,0 +1,157 @@
+"""What a forward does besides returning a value: Python state, random numbers, hooks on gradients.
+
+A trace sees one call. What the next call finds changed by it is lost in the trace, so a model that
+remembers is not traced: the original runs, and remembers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roo_rewrite.errors import CaptureError
+
+_PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+_SHOWN = {"training", "in_features", "out_features", "num_embeddings", "embedding_dim", "num_features", "inplace"}
+_LONG = 1000
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy of `model` with the same parameters and plain tensors, but buffers and Python state of its own.
+
+    Raises CaptureError where it holds something that cannot be copied.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters()}
+    memo.update({id(v): v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            copied = copy.deepcopy(model, memo)
+    except Exception as e:
+        raise CaptureError(f"the model cannot be copied, so not be tried out: {type(e).__name__}: {e}") from e
+    assert isinstance(copied, nn.Module)
+    return copied
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """The Python state of every module by path: plain values, containers and objects of them, in depth."""
+    return {f"{p}.{k}".lstrip("."): _value(v, 4) for p, m in model.named_modules() for k, v in _attributes(m)}
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((k, v) for k, v in vars(module).items() if k not in _OWN and not k.endswith("_hooks"))
+
+
+def _value(value: Any, depth: int) -> Any:
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    if isinstance(value, Tensor):
+        return "tensor"
+    if isinstance(value, nn.Module) or callable(value) or depth == 0:
+        return "opaque"
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, Mapping):
+        return {repr(k): _value(v, depth - 1) for k, v in list(value.items())[:_LONG]}, len(value)
+    if isinstance(value, (list, tuple, set, frozenset)) or type(value).__name__ == "deque":
+        return [_value(v, depth - 1) for v in list(value)[:_LONG]], len(value)
+    if hasattr(value, "bit_generator"):
+        return repr(value.bit_generator.state)
+    if hasattr(value, "__dict__"):
+        return _value(vars(value), depth - 1)
+    return repr(value) if type(value).__module__ == "itertools" else "opaque"
+
+
+def settings(model: nn.Module, ran: nn.Module) -> list[tuple[str, str]]:
+    """Path of a module and name of an attribute, for all numbers, strings and flags a call may read and does not change.
+
+    ran: a twin of `model` after a call. What torch's own modules keep for show is left out.
+    """
+    others = {path: vars(m) for path, m in ran.named_modules()}
+    return [
+        (path, key)
+        for path, m in model.named_modules()
+        for key, value in _attributes(m)
+        if isinstance(value, (int, float, str, type(None))) and key not in _SHOWN and others[path].get(key) == value
+    ]
+
+
+def _generators() -> tuple[Any, Any]:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), repr(numpy.random.get_state(legacy=False)) if numpy is not None else None
+
+
+@contextlib.contextmanager
+def random_kept() -> Iterator[None]:
+    """Puts the random states of torch (CPU), Python and NumPy back as they were."""
+    numpy = sys.modules.get("numpy")
+    saved = random.getstate(), numpy.random.get_state() if numpy is not None else None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(saved[0])
+        if numpy is not None:
+            numpy.random.set_state(saved[1])
+
+
+def untraceable(model: nn.Module, first: Callable[[nn.Module], Any], second: Callable[[nn.Module], Any]) -> str | None:
+    """Why one trace cannot stand for every call of `model`; None where nothing speaks against it.
+
+    first, second: run a given copy of the model on two different batches, and return what it returned.
+    """
+    if model._backward_hooks or model._backward_pre_hooks:
+        return "the model has backward hooks of its own"
+    ran, fresh = twin(model), twin(model)
+    tensors = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
+    contents = [(t, t._version, t.detach().clone()) for t in tensors]
+    with random_kept(), torch.no_grad():
+        torch.manual_seed(0)
+        before = _generators()
+        first(ran)
+        known, buffers = state(ran), dict(ran.named_buffers())
+        changed = [name for name, value in buffers.items() if name not in dict(model.named_buffers())]
+        _load(fresh, buffers)
+        torch.manual_seed(0)
+        one = second(ran)
+        if _generators() != before:
+            return "forward draws from Python's or NumPy's random generator"
+        torch.manual_seed(0)
+        two = second(fresh)
+    changed += [n for n, v in state(ran).items() if known.get(n) != v]
+    changed += [n for n, b in ran.named_buffers() if b is not buffers.get(n)]
+    written = [t for t, version, _ in contents if t._version != version]
+    for tensor, version, value in contents:
+        if tensor._version != version:
+            tensor.detach().copy_(value)
+    if written:
+        return "forward writes into a tensor that is not a buffer"
+    if changed:
+        return f"forward keeps state in {changed[0]!r}; make it a buffer that is written in place"
+    if not _same(one, two):
+        return "what forward returns depends on the calls before"
+    return None
+
+
+def _load(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
+    for name, buffer in model.named_buffers():
+        if name in buffers and buffer.shape == buffers[name].shape:
+            buffer.copy_(buffers[name])
+
+
+def _same(one: Any, two: Any) -> bool:
+    if len(one) != len(two):
+        return False
+    for a, b in zip(one, two):
+        if a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True):
+            return False
+    return True

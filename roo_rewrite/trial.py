@@ -1,0 +1,109 @@
+"""A fresh program held against the original before anyone sees it, on copies, in the model's own precision.
+
+`verify` is the user's check, and sharper; this one keeps a program that is wrong on plain batches from being used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from roo_rewrite.equivalence import Batch, compare, distance, draw_batch, tolerance
+from roo_rewrite.facts import Provenance
+from roo_rewrite.inputs import Inputs
+from roo_rewrite.leaves import tensors_of
+from roo_rewrite.program import Program, holder
+from roo_rewrite.purity import random_kept, twin
+
+_COUNTS = ([2, 0, 3], [4, 1, 2, 0, 3], [6])
+_LARGE = 1_000_000
+
+
+class Trial:
+    """Two copies of a model: one runs the original's code, one the program. Parameters are the model's own."""
+
+    def __init__(self, original: nn.Module, program: Program, inputs: Inputs, statics: Sequence[Any], name: str):
+        assert program.captured is not None
+        self.truth, self.other = twin(original), twin(original)
+        self.program, self.inputs, self.statics = program, inputs, statics
+        self.other.add_module("_roo", nn.Module())
+        self.other.get_submodule("_roo").add_module(name, holder(self.other, program.captured))
+
+    def mismatch(self, example: Sequence[Tensor]) -> str | None:
+        """What differs on small batches, in words: outputs, buffers after the call, gradients."""
+        generator = torch.Generator().manual_seed(0)
+        for index, counts in enumerate(_COUNTS):
+            if not self.program.accepts(sum(counts)):
+                continue
+            batch = draw_batch(self.inputs, example, counts, generator)
+            found = self._differ(batch, gradients=index == 0)
+            if found is not None:
+                return f"{found}, num_impressions={counts}"
+        return None
+
+    def fails_empty(self, example: Sequence[Tensor]) -> bool:
+        """Whether the original runs on an empty batch, where the trace, which never saw one, may differ."""
+        batch = draw_batch(self.inputs, example, [0], torch.Generator().manual_seed(1))
+        with random_kept(), torch.no_grad():
+            try:
+                self._original(batch)
+            except Exception:  # whatever user code raises
+                return False
+        return True
+
+    def _original(self, batch: Batch) -> list[Tensor]:
+        args, kwargs = self.inputs.unflatten(batch.expanded(self.inputs), Provenance.IMPRESSION, self.statics)
+        torch.manual_seed(0)
+        return tensors_of(self.truth(*args, **kwargs))
+
+    def _program(self, batch: Batch) -> list[Tensor]:
+        assert self.program.emitted is not None
+        torch.manual_seed(0)
+        return tensors_of(self.program.emitted.whole(self.other, *batch.atoms, batch.counts))
+
+    def _differ(self, batch: Batch, gradients: bool) -> str | None:
+        batch = Batch([t.requires_grad_(gradients and t.is_floating_point()) for t in batch.atoms], batch.counts)
+        with random_kept(), torch.set_grad_enabled(gradients):
+            try:
+                expected = self._original(batch)
+            except Exception as e:  # whatever user code raises
+                return f"the original fails on a batch: {type(e).__name__}: {e}"
+            try:
+                found = self._program(batch)
+            except Exception as e:
+                return f"the rewritten model fails: {type(e).__name__}: {e}"
+        return (
+            compare([t.detach() for t in found], [t.detach() for t in expected])
+            or self._buffers()
+            or (self._gradients(batch, found, expected) if gradients else None)
+        )
+
+    def _buffers(self) -> str | None:
+        others = dict(self.other.named_buffers())
+        for name, want in self.truth.named_buffers():
+            if distance(others[name], want) > tolerance(want.dtype):
+                return f"buffer {name!r} is left with other contents"
+        return None
+
+    def _gradients(self, batch: Batch, found: list[Tensor], expected: list[Tensor]) -> str | None:
+        named = [(n, p) for n, p in self.truth.named_parameters() if p.requires_grad and p.numel() < _LARGE]
+        named += [(a.name, t) for a, t in zip(self.inputs.atoms, batch.atoms) if t.requires_grad]
+        grads = [_backward(outputs, [t for _, t in named]) for outputs in (found, expected)]
+        for (name, wrt), got, want in zip(named, *grads):
+            got, want = (torch.zeros_like(wrt) if g is None else g.to_dense() for g in (got, want))
+            if distance(got, want) > max(1e-6, 50 * tolerance(wrt.dtype)):
+                return f"the gradient of {name!r} is off"
+        return None
+
+
+def _backward(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None]:
+    """Gradients of a weighted sum of the outputs."""
+    floats = [t for t in outputs if t.requires_grad]
+    if not floats or not wanted:
+        return [None] * len(wanted)
+    generator = torch.Generator().manual_seed(2)
+    weights = [torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t) for t in floats]
+    return list(torch.autograd.grad(floats, wanted, weights, allow_unused=True))
