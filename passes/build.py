@@ -29,6 +29,9 @@ from roo_rewrite.facts import META, Provenance, annotation
 aten = torch.ops.aten
 
 
+_MANY = 4
+
+
 class Builder:
     """The graph under construction. Equal calls are built once."""
 
@@ -129,6 +132,8 @@ class Builder:
 
     def _joined(self, dim: int, parts: Sequence[Form]) -> Node:
         """Parts as one tensor; consecutive parts of one side are joined first, so that they cross as one."""
+        if sum(isinstance(p, Picked) and p.dim == dim for p in parts) > _MANY:
+            return self._permuted(dim, parts)
         runs: list[list[Node]] = []
         last: bool | None = None
         for part in parts:
@@ -141,6 +146,24 @@ class Builder:
             last = early
         joined = [self.cat(run, dim) for run in runs]
         return self.cat(joined, dim)
+
+    def _permuted(self, dim: int, parts: Sequence[Form]) -> Node:
+        """Many picks of few tensors: the tensors side by side, then one pick."""
+        starts: dict[Node, int] = {}
+        total = 0
+        index: list[int] = []
+        for part in sorted(parts, key=lambda p: provenance(p) is Provenance.IMPRESSION):
+            node = _base(self, part, dim)
+            if node not in starts:
+                starts[node] = total
+                total += int(node.meta["val"].shape[dim])
+        for part in parts:
+            chosen = part.index if isinstance(part, Picked) and part.dim == dim else range(int(part.shape[dim]))
+            index += [starts[_base(self, part, dim)] + i for i in chosen]
+        runs: dict[bool, list[Node]] = {True: [], False: []}
+        for node in starts:
+            runs[node.meta[PROVENANCE] is not Provenance.IMPRESSION].append(node)
+        return self.pick(self.cat([self.cat(run, dim) for run in runs.values() if run], dim), dim, index)
 
     def cat(self, nodes: Sequence[Node], dim: int) -> Node:
         """Nodes side by side along `dim`."""
@@ -176,6 +199,10 @@ class Builder:
                 total = self.call(aten.add.Tensor, total, self.call(aten.mul.Tensor, node, coefficient))
         assert total is not None
         return total
+
+
+def _base(builder: Builder, part: Form, dim: int) -> Node:
+    return part.base.node if isinstance(part, Picked) and part.dim == dim else builder.whole(part)
 
 
 def _is_size(node: Node) -> bool:

@@ -7,18 +7,27 @@ import torch.fx
 from torch import Tensor
 from torch.fx import Node
 
+from passes.functionalize import EFFECT
 from roo_rewrite.capture import Captured
 
 _LIMIT = 1 << 22
 
 
 def evaluate(captured: Captured, node: Node) -> Tensor | None:
-    """The value of `node` where literals and factory ops alone make it; None where it depends on more.
+    """The value of `node` where literals, buffers and factory ops alone make it; None where it depends on more.
 
-    Parameters and buffers are not literals: they may change.
+    A buffer may change: what was read of it is noted in `captured.assumed`, which each call holds it against.
     """
     memo: dict[Node, Tensor | None] = {}
-    return _value(captured, node, memo)
+    value = _value(captured, node, memo)
+    if value is not None:
+        read = [n for n, v in memo.items() if n.op == "get_attr" and v is not None]
+        captured.assumed.update({str(n.target): memo[n].clone() for n in read if not _literal(n)})  # type: ignore[union-attr]
+    return value
+
+
+def _literal(node: Node) -> bool:
+    return str(node.target).startswith("_roo.")
 
 
 def _value(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) -> Tensor | None:
@@ -30,9 +39,10 @@ def _value(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) -> T
 
 def _compute(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) -> Tensor | None:
     value = node.meta.get("val")
+    if EFFECT in node.meta:
+        return None
     if node.op == "get_attr":
-        name = str(node.target)
-        return captured.constants.get(name.removeprefix("_roo.")) if name.startswith("_roo.") else None
+        return _attribute(captured, str(node.target))
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     if not isinstance(value, Tensor) or any(not isinstance(s, int) for s in value.shape) or value.numel() > _LIMIT:
@@ -49,6 +59,13 @@ def _compute(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) ->
     with torch.no_grad():
         made = node.target(*args, **kwargs)
     return made if isinstance(made, Tensor) else None
+
+
+def _attribute(captured: Captured, name: str) -> Tensor | None:
+    if name.startswith("_roo."):
+        return captured.constants.get(name.removeprefix("_roo."))
+    found = dict(captured.model.named_buffers()).get(name)
+    return found if found is not None and found.numel() <= _LIMIT else None
 
 
 def _argument(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) -> object | None:

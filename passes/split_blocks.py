@@ -9,7 +9,7 @@ The rule is the one that hoisting uses, asked about another dim than the batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,9 @@ from roo_rewrite.rules.families import broadcasting
 from roo_rewrite.rules.registry import Operand, find, infer, make_call
 
 aten = torch.ops.aten
+
+
+_MANY = 4
 
 
 def blockwise(s: Splitter, app: Application) -> Form | None:
@@ -84,11 +87,79 @@ def _pointwise(s: Splitter, app: Application) -> Form | None:
         result: Form = s.plain(bare)
         return result if _equal(small, shape) else Expanded(result, shape)
     back = cut.dim - cut.ndim
+    if len(cut.parts) > _MANY:
+        bare = _mapped(bare, lambda f: coalesced(s, f) if isinstance(f, Blocks) and f.dim - f.ndim == back else f)
     pieces = cut_operands(s, bare, back)
     if not any(all(provenance(f) is not Provenance.IMPRESSION for f in operands(p)) for p in pieces):
         return None
-    made = Blocks(len(small) + back, tuple(s.apply(p) for p in pieces))
+    made = Blocks(len(small) + back, tuple(together(s, pieces, len(small) + back)))
     return made if _equal(small, shape) else Expanded(made, shape)
+
+
+def together(s: Splitter, pieces: Sequence[Application], dim: int) -> list[Form]:
+    """The op on each piece; pieces that differ only in what they pick of the same tensors run as one.
+
+    A thousand pairs of fields are then three products, user-user, user-item and item-item.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        groups.setdefault(tuple(_source(f) for f in operands(piece)), []).append(i)
+    results: dict[int, Form] = {}
+    for members in groups.values():
+        if len(members) == 1:
+            results[members[0]] = s.apply(pieces[members[0]])
+            continue
+        whole = s.apply(_joined([pieces[i] for i in members]))
+        start = 0
+        for i in members:
+            size = max(len(f.index) if isinstance(f, Picked) else 1 for f in operands(pieces[i]))
+            results[i] = pick_form(s, whole, dim, range(start, start + size))
+            start += size
+    return [results[i] for i in range(len(pieces))]
+
+
+def _source(form: Form) -> Any:
+    """What pieces must share to run as one: the tensor picked from, or the very form."""
+    return (form.base.node, form.dim) if isinstance(form, Picked) else id(form)
+
+
+def _joined(pieces: Sequence[Application]) -> Application:
+    """One application whose picks are those of all pieces, in order."""
+    stock = iter(zip(*(operands(p) for p in pieces)))
+
+    def join(form: Form) -> Form:
+        forms = next(stock)
+        if not isinstance(form, Picked):
+            return form
+        return Picked(form.base, form.dim, tuple(i for f in forms if isinstance(f, Picked) for i in f.index))
+
+    return _mapped(pieces[0], join)
+
+
+def coalesced(s: Splitter, form: Blocks) -> Blocks:
+    """Blocks whose plain parts of each side are picks of one tensor."""
+    for early in (True, False):
+        mine = [
+            p
+            for p in form.parts
+            if isinstance(p, (Whole, Picked)) and (provenance(p) is not Provenance.IMPRESSION) == early
+        ]
+        nodes = list(dict.fromkeys(s.builder.whole(p) for p in mine))
+        if len(mine) < 2 or len({p.base.node for p in mine if isinstance(p, Picked)}) == 1 == len(nodes):
+            continue
+        base, starts, total = Whole(s.builder.cat(nodes, form.dim)), dict[Node, int](), 0
+        for node in nodes:
+            starts[node] = total
+            total += int(node.meta["val"].shape[form.dim])
+        places = {id(p): (starts[s.builder.whole(p)], hint(p.shape[form.dim])) for p in mine}
+        form = Blocks(
+            form.dim,
+            tuple(
+                Picked(base, form.dim, tuple(range(places[id(p)][0], sum(places[id(p)])))) if id(p) in places else p
+                for p in form.parts
+            ),
+        )
+    return form
 
 
 def cut_operands(s: Splitter, app: Application, back: int) -> list[Application]:
@@ -223,12 +294,14 @@ def _by_rule(s: Splitter, app: Application) -> Form | None:
     if any(sum(b.sizes) != sum(sizes) for b in blocks):
         return None
     found = placed(app, {id(b): b.dim for b in blocks}, sum(sizes))
-    parts, start = [], 0
+    pieces, start = [], 0
     for size in sizes:
         chosen = {id(b): cut_form(s, b, b.dim, start, start + size) for b in blocks}
-        parts.append(s.apply(_mapped(app, lambda f, chosen=chosen: chosen.get(id(f), f))))
+        pieces.append(_mapped(app, lambda f, chosen=chosen: chosen.get(id(f), f)))
         start += size
-    return Blocks(found.dim, tuple(parts))
+    if found.inner != 1:
+        return Blocks(found.dim, tuple(s.apply(p) for p in pieces))
+    return Blocks(found.dim, tuple(together(s, pieces, found.dim)))
 
 
 def _unexpanded(s: Splitter, app: Application) -> Form | None:
@@ -265,9 +338,21 @@ def cat(s: Splitter, app: Application) -> Form | None:
     if any(not is_static(f.shape[dim]) for f in forms) or len({dtype_of(f) for f in forms}) > 1:
         return None
     parts = [p for f in forms for p in (f.parts if isinstance(f, Blocks) and f.dim == dim else (f,))]
-    made = Blocks(dim, tuple(p for p in parts if hint(p.shape[dim])))
+    made = Blocks(dim, merged_picks(p for p in parts if hint(p.shape[dim])))
     structured = any(isinstance(p, (Expanded, Blocks, Sum, Filled)) for p in made.parts)
     return made if len(made.parts) > 1 and (is_mixed(made) or structured) else None
+
+
+def merged_picks(parts: Iterable[Form]) -> tuple[Form, ...]:
+    """Neighbouring picks of one tensor become one."""
+    out: list[Form] = []
+    for part in parts:
+        before = out[-1] if out else None
+        if isinstance(part, Picked) and isinstance(before, Picked) and _source(part) == _source(before):
+            out[-1] = Picked(part.base, part.dim, (*before.index, *part.index))
+        else:
+            out.append(part)
+    return tuple(out)
 
 
 @handles("aten.stack.default")

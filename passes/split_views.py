@@ -7,14 +7,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from passes.forms import Blocks, Expanded, Form, Sum, Whole, hint, is_static, same_size, with_size
+from passes.forms import Blocks, Expanded, Form, Picked, Sum, Whole, hint, is_static, same_size, with_size
 from passes.split import Application, Splitter, handles
+from passes.split_blocks import constant_value, pick_form
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Rows
 from roo_rewrite.rules.families import reshaped
@@ -105,6 +106,9 @@ def _same_layout(s: Splitter, x: Sum, term: Form, shape: tuple[Any, ...]) -> For
 
 def _blocks(s: Splitter, x: Blocks, shape: tuple[Any, ...]) -> Form | None:
     """Cut positions are multiples of `unit`; the dim is a batch of units, and goes where that batch goes."""
+    merged = _merged_dims(x.shape, shape)
+    if merged is not None and any(isinstance(p, Blocks) for p in x.parts):
+        return merge_cells(s, x, *merged)
     unit = math.gcd(*x.sizes)
     place = _place(x.shape, x.dim, unit, shape)
     if place is None:
@@ -116,6 +120,78 @@ def _blocks(s: Splitter, x: Blocks, shape: tuple[Any, ...]) -> Form | None:
             return None
         parts.append(made)
     return Blocks(place.dim, tuple(parts))
+
+
+def merge_cells(s: Splitter, x: Blocks, first: int, last: int) -> Blocks | None:
+    """Dims first..last merged into one, with cuts along several of them: each entry is found in its cell.
+
+    A cell is a box that lies in one part along every cut dim; flattened, its entries are picked in order.
+    """
+    sizes = x.shape[first : last + 1]
+    if any(not is_static(n) for n in sizes):
+        return None
+    owner = torch.full(sizes, -1)
+    place = torch.full(sizes, -1)
+    cells: list[Whole] = []
+    for corner, form in cells_of(x, [0] * x.ndim):
+        box = tuple(slice(corner[d], corner[d] + int(form.shape[d])) for d in range(first, last + 1))
+        if any(corner[d] or not same_size(form.shape[d], x.shape[d]) for d in range(x.ndim) if not first <= d <= last):
+            return None
+        inner = form.shape[first : last + 1]
+        shape = (*form.shape[:first], math.prod(inner), *form.shape[last + 1 :])
+        flat = s.builder.call(aten.reshape.default, s.builder.whole(form), s.builder.sizes(shape))
+        owner[box] = len(cells)
+        place[box] = torch.arange(math.prod(inner)).view(inner)
+        cells.append(Whole(flat))
+    parts: list[tuple[int, list[int]]] = []
+    for cell, at in zip(owner.flatten().tolist(), place.flatten().tolist()):
+        if parts and parts[-1][0] == cell:
+            parts[-1][1].append(at)
+        else:
+            parts.append((cell, [at]))
+    return Blocks(first, tuple(Picked(cells[cell], first, tuple(index)) for cell, index in parts))
+
+
+def cells_of(form: Form, corner: list[int]) -> Iterator[tuple[list[int], Form]]:
+    """The uncut boxes of nested blocks, each with the corner it begins at."""
+    if not isinstance(form, Blocks):
+        yield corner, form
+        return
+    start = corner[form.dim]
+    for part, size in zip(form.parts, form.sizes):
+        yield from cells_of(part, [*corner[: form.dim], start, *corner[form.dim + 1 :]])
+        start += size
+
+
+def _merged_dims(before: Sequence[Any], after: Sequence[Any]) -> tuple[int, int] | None:
+    """The run of dims that `after` has as one, if that is all that differs."""
+    gone = len(before) - len(after)
+    for first in range(len(after)):
+        last = first + gone
+        same = [*zip(before[:first], after[:first]), *zip(before[last + 1 :], after[first + 1 :])]
+        if gone > 0 and is_static(after[first]) and all(same_size(a, b) for a, b in same):
+            sizes = before[first : last + 1]
+            if all(is_static(n) for n in sizes) and math.prod(sizes) == after[first]:
+                return first, last
+    return None
+
+
+@handles("aten.index.Tensor")
+def index(s: Splitter, app: Application) -> Form | None:
+    """Constant index vectors of adjacent dims: the dims are merged, and entries picked."""
+    x, indices = app.form("self"), app["indices"]
+    dims = [d for d, v in enumerate(indices) if v is not None]
+    if not isinstance(x, Blocks) or not dims or dims != list(range(dims[0], dims[-1] + 1)):
+        return None
+    vectors = [constant_value(s, v) if isinstance(v, Form) else None for v in indices[dims[0] : dims[-1] + 1]]
+    sizes = x.shape[dims[0] : dims[-1] + 1]
+    if any(v is None for v in vectors) or any(not is_static(n) for n in sizes):
+        return None
+    flat = [0] * len(vectors[0] or ())
+    for vector, size in zip(vectors, sizes):
+        flat = [f * size + v % size for f, v in zip(flat, vector or ())]
+    merged: Form | None = x if len(dims) == 1 else merge_cells(s, x, dims[0], dims[-1])
+    return None if merged is None else pick_form(s, merged, dims[0], flat)
 
 
 def _place(before: Sequence[Any], dim: int, unit: int, after: Sequence[Any]) -> Rows | None:
