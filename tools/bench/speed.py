@@ -130,7 +130,8 @@ def table(rows: Sequence[Row], what: str) -> Table:
         faster = (_ratio(r.original, r.rewritten), _ratio(r.original, r.twin), _ratio(r.twin, r.rewritten))
         times = (f"{t:.2f}" if t is not None else "-" for t in (r.original, r.rewritten, r.twin))
         left = (f"{r.flops[f] / r.flops['original']:.3f}" if r.flops.get(f) else "-" for f in ("rewritten", "twin"))
-        out.add_row(r.model, r.mode, str(r.fanout), r.shape, *times, *faster, *left, f"{r.error:.0e}")
+        took = f"{r.rewrite_s:.1f}" if r.rewrite_s is not None else "-"
+        out.add_row(r.model, r.mode, str(r.fanout), r.shape, *times, *faster, *left, f"{r.error:.0e}", took)
     return out
 
 
