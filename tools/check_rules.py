@@ -222,9 +222,12 @@ def isolated(work: Callable[[], Finding]) -> Finding:
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
-        with os.fdopen(write, "wb") as pipe:
-            pickle.dump(work(), pipe)
-        os._exit(0)
+        try:
+            with os.fdopen(write, "wb") as pipe:
+                pickle.dump(work(), pipe)
+            os._exit(0)
+        finally:
+            os._exit(1)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
         answer = pipe.read()

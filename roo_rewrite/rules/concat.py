@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Batching, Offsets, Replicated, Rows
+from roo_rewrite.facts import Batching, Offsets, Replicated, Rows, Several
 from roo_rewrite.rules.families import aligned, batched, each, reshaped, shifted, unary, wrap
 from roo_rewrite.rules.registry import Call, Operand, case, rule
 
@@ -153,7 +153,22 @@ def pad(call: Call) -> Batching:
 )
 def at_least(call: Call) -> Batching:
     """More dims of size 1, where there are too few."""
-    return _at_least(call.operand("self"), int(call.name[len("aten.atleast_")]), call).batching
+    return _at_least(call.operand("self"), _dims_of(call), call).batching
+
+
+def _dims_of(call: Call) -> int:
+    return int(call.name[len("aten.atleast_")])
+
+
+@rule(
+    "aten.atleast_1d.Sequence",
+    "aten.atleast_2d.Sequence",
+    "aten.atleast_3d.Sequence",
+    cases=[case("B", "B 3", call=lambda n, *xs: (list(xs),))],
+)
+def all_at_least(call: Call) -> Batching:
+    """Every operand with more dims of size 1, where there are too few."""
+    return Several(tuple(_at_least(x, _dims_of(call), call).batching for x in call.operands()))
 
 
 @rule(

@@ -21,6 +21,7 @@ no_rule(
     "aten.sym_is_contiguous.default",
     "aten.is_nonzero.default",
 )
+no_rule("the batch size as a value", "aten.scalar_tensor.default")
 no_rule("one answer about all rows", "aten.equal.default", "aten.allclose.default")
 no_rule(
     "reads memory by strides, whatever the rows are",

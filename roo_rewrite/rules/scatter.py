@@ -86,6 +86,7 @@ _ONE_DIM = [
 
 
 @rule("aten.index_add.default", "aten.index_copy.default", cases=_ONE_DIM)
+@rule("aten.index_reduce.default", cases=[case("B 4", "i:2", "B 2", call=lambda n, x, i, s: (x, 1, i, s, "amax"))])
 def index_add(call: Call) -> Batching:
     """Entries `index` of one dim overwritten or added to, the other dims in step."""
     call.replicated("index")

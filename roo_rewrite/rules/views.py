@@ -176,6 +176,19 @@ def matrix_transpose(call: Call) -> Batching:
     return _permuted(_x(call), [*range(n - 2), n - 1, n - 2])
 
 
+@rule(
+    "aten.rot90.default",
+    cases=[case("B 2 3", call=lambda n, x: (x, 1, [1, 2])), case("B 2", call=lambda n, x: (x, 2), declines=True)],
+)
+def rot90(call: Call) -> Batching:
+    """Turns a plane by quarters."""
+    x = _x(call)
+    first, second = (wrap(d, x.ndim) for d in call["dims"])
+    if x.rows is not None and x.rows.dim in (first, second):
+        raise NotRowWise("turns the batch around")
+    return batched(x.rows)
+
+
 @_view(
     "aten.movedim.int",
     "aten.moveaxis.int",
