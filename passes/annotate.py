@@ -46,6 +46,7 @@ from roo_rewrite.facts import (
     annotation,
 )
 from roo_rewrite.inputs import Atom, Inputs
+from roo_rewrite.kjt import Lookup
 from roo_rewrite.probing import probe
 from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, op_name
 
@@ -155,6 +156,8 @@ def _leaf(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> B
     tensors, index = node.args
     site = captured.sites[index]  # type: ignore[index]
     batchings = [annotation(t).batching for t in tensors]  # type: ignore[union-attr,arg-type]
+    if isinstance(site, Lookup):
+        return site.batching(batchings)
     return probe(site, model, batchings, captured.batch, site.path in policy.row_wise_leaves)
 
 
@@ -195,17 +198,30 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _checked(captured: Captured, batching: Batching, value: Any) -> Batching:
-    """The rule's verdict held against the traced sizes: the batch is where it says, and nowhere else."""
-    parts = batching.parts if isinstance(batching, Several) else (batching,)
-    for part, tensor in zip(parts, _tensors(value)):
-        sizes = [captured.expr(s) for s in tensor.shape]
-        for dim, size in enumerate(sizes):
-            expected = _expected(part, dim)
-            if expected is None and not size.is_Integer:
-                raise NotRowWise(f"dim {dim} of the result has size {size}, which the rule does not account for")
-            if expected is not None and not isinstance(part, Ragged) and sympy.expand(size - expected) != 0:
-                raise NotRowWise(f"dim {dim} of the result has size {size}, not {expected}")
-    return batching
+    """The rule's verdict held against the traced sizes: the batch is where it says, and nowhere else.
+
+    One of several outputs that does not agree is set aside alone.
+    """
+    if not isinstance(batching, Several):
+        _agrees(captured, batching, next(_tensors(value), None))
+        return batching
+    parts = []
+    for part, tensor in zip(batching.parts, _tensors(value), strict=True):
+        try:
+            _agrees(captured, part, tensor)
+        except NotRowWise as e:
+            part = CrossRow(str(e))
+        parts.append(part)
+    return Several(tuple(parts))
+
+
+def _agrees(captured: Captured, part: Batching, tensor: Tensor | None) -> None:
+    for dim, size in enumerate(captured.expr(s) for s in (tensor.shape if tensor is not None else ())):
+        expected = _expected(part, dim)
+        if expected is None and not size.is_Integer:
+            raise NotRowWise(f"dim {dim} of the result has size {size}, which the rule does not account for")
+        if expected is not None and not isinstance(part, Ragged) and sympy.expand(size - expected) != 0:
+            raise NotRowWise(f"dim {dim} of the result has size {size}, not {expected}")
 
 
 def _expected(part: Batching, dim: int) -> sympy.Expr | None:

@@ -28,7 +28,6 @@ from passes.annotate import WEIGHTED
 from passes.functionalize import is_effect
 from passes.partition import Partition
 from roo_rewrite.capture import BATCH, Captured
-from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Lengths, Provenance, Ragged, Replicated, Rows, Size, annotation
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import jagged_broadcast, jagged_select, request_of
@@ -99,7 +98,9 @@ class _Hoist:
             return self.at_request[node]  # type: ignore[no-any-return]
         if isinstance(annotation(node).batching, Size):
             return self._size(node, Provenance.REQUEST)
-        if WEIGHTED in node.meta and node in self.inside:
+        if node.target is getattr:
+            made = self._device(node, Provenance.REQUEST)
+        elif WEIGHTED in node.meta and node in self.inside:
             made = self._weighted(node)
         else:
             made = self.graph.node_copy(node, self._request)
@@ -121,9 +122,18 @@ class _Hoist:
         if isinstance(annotation(node).batching, Size):
             return self._size(node, Provenance.IMPRESSION)
         assert node not in self.inside, f"{node} is request-level and does not cross"
-        made = self.graph.node_copy(node, self._impression)
+        if node.target is getattr:
+            made = self._device(node, Provenance.IMPRESSION)
+        else:
+            made = self.graph.node_copy(node, self._impression)
         self.at_impression[node] = self._mark(made, node)
         return made
+
+    def _device(self, node: Node, side: Provenance) -> Node:
+        """The device of the inputs, read off one of this side so that nothing crosses for it."""
+        known = self.at_request if side is Provenance.REQUEST else self.at_impression
+        source = next((known[a] for a in self.atoms if a in known), self.counts)
+        return self.graph.call_function(getattr, (source, "device"))
 
     def _broadcasts(self) -> None:
         rows: Node | None = None
@@ -175,12 +185,12 @@ class _Hoist:
     def _size(self, node: Node, side: Provenance) -> Any:
         """A size of the traced batch, with the rows of `side` in the place of the batch."""
         value = node.meta["val"]
-        if not isinstance(value, torch.SymInt) or not self.captured.expr(value).free_symbols <= {BATCH}:
+        if not isinstance(value, torch.SymInt) or not _computable(self.captured.expr(value)):
             return self._copied_size(node, side)
         return self._emit(self.captured.expr(value), side)
 
     def _copied_size(self, node: Node, side: Provenance) -> Any:
-        """A size that is known only at run time: computed as in the original, from the values of its side."""
+        """A number known only at run time, or no plain integer: computed as in the original, on its side."""
         known = self.at_request if side is Provenance.REQUEST else self.at_impression
         if node not in known:
             made = self.graph.node_copy(node, self._request if side is Provenance.REQUEST else self._impression)
@@ -208,10 +218,13 @@ class _Hoist:
                 return self.graph.call_function(operator.floordiv, tuple(parts))
             case "Mod" | "PythonMod":
                 return self.graph.call_function(operator.mod, tuple(parts))
-            case "Pow" if expr.args[1].is_Integer and expr.args[1] > 0:
-                return self._fold(operator.mul, [parts[0]] * int(expr.args[1]))
+            case "Min":
+                return self._fold(torch.sym_min, parts)
+            case "Max":
+                return self._fold(torch.sym_max, parts)
             case name:
-                raise CaptureError(f"a size of the model, {expr}, uses {name}, which is not supported")
+                assert name == "Pow", name
+                return self._fold(operator.mul, [parts[0]] * int(expr.args[1]))
 
     def _fold(self, op: Any, parts: list[Any]) -> Node:
         made = parts[0]
@@ -219,6 +232,17 @@ class _Hoist:
             made = self._mark(self.graph.call_function(op, (made, part)))
         assert isinstance(made, Node)
         return made
+
+
+def _computable(expr: sympy.Expr) -> bool:
+    """Whether `_emit_new` can write this size."""
+    known = {"Symbol", "Integer", "Zero", "One", "NegativeOne", "Add", "Mul", "FloorDiv", "CleanDiv", "Mod", "PythonMod"}
+    for part in sympy.preorder_traversal(expr):
+        name = type(part).__name__
+        power = name == "Pow" and part.args[1].is_Integer and part.args[1] > 0
+        if not power and name not in known | {"Min", "Max"}:
+            return False
+    return bool(expr.free_symbols <= {BATCH})
 
 
 def identifier(name: str) -> str:

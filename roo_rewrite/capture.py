@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
+from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
 from roo_rewrite.purity import random_kept, twin, untraceable
 
@@ -175,9 +176,9 @@ def _pure(model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequ
         return run
 
     rows = inputs.rows(example, Provenance.IMPRESSION) or inputs.rows(example, Provenance.REQUEST) or 0
-    order = torch.arange(rows)
+    other = torch.randint(rows, (rows,), generator=torch.Generator().manual_seed(3))
     try:
-        reason = untraceable(model, call(order), call(order.flip(0)))
+        reason = untraceable(model, call(torch.arange(rows)), call(other))
     except CaptureError:
         raise
     except Exception as e:
@@ -254,6 +255,7 @@ def _export(
             warnings.catch_warnings(),
             _no_custom_backward(),
             opaque(model, leaves, sites),
+            looked_up(model, leaves, sites),
         ):
             warnings.simplefilter("ignore")
             with (

@@ -26,12 +26,14 @@ _LONG = 1000
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of `model` with the same parameters and plain tensors, but buffers and Python state of its own.
+    """A copy of `model` with the same parameters, but buffers and Python state of its own.
 
     Raises CaptureError where it holds something that cannot be copied.
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    memo.update({id(v): v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)})
+    values = [v for m in model.modules() for v in vars(m).values()]
+    inner = [w for v in values if isinstance(v, (list, tuple, dict)) for w in (v.values() if isinstance(v, dict) else v)]
+    memo.update({id(t): t for t in (*values, *inner) if isinstance(t, Tensor) and not t.is_leaf})  # torch cannot
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,6 +42,11 @@ def twin(model: nn.Module) -> nn.Module:
         raise CaptureError(f"the model cannot be copied, so not be tried out: {type(e).__name__}: {e}") from e
     assert isinstance(copied, nn.Module)
     return copied
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Tensors kept as plain attributes."""
+    return [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -72,7 +79,7 @@ def _value(value: Any, depth: int) -> Any:
 
 
 def settings(model: nn.Module, ran: nn.Module) -> list[tuple[str, str]]:
-    """Path of a module and name of an attribute, for all numbers, strings and flags a call may read and does not change.
+    """Path of a module and name of an attribute, for all plain values a call may read and does not change.
 
     ran: a twin of `model` after a call. What torch's own modules keep for show is left out.
     """
@@ -112,13 +119,12 @@ def untraceable(model: nn.Module, first: Callable[[nn.Module], Any], second: Cal
     if model._backward_hooks or model._backward_pre_hooks:
         return "the model has backward hooks of its own"
     ran, fresh = twin(model), twin(model)
-    tensors = [v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor)]
-    contents = [(t, t._version, t.detach().clone()) for t in tensors]
     with random_kept(), torch.no_grad():
         torch.manual_seed(0)
         before = _generators()
         first(ran)
         known, buffers = state(ran), dict(ran.named_buffers())
+        versions = [(t, t._version) for t in _tensors(ran)]
         changed = [name for name, value in buffers.items() if name not in dict(model.named_buffers())]
         _load(fresh, buffers)
         torch.manual_seed(0)
@@ -129,11 +135,7 @@ def untraceable(model: nn.Module, first: Callable[[nn.Module], Any], second: Cal
         two = second(fresh)
     changed += [n for n, v in state(ran).items() if known.get(n) != v]
     changed += [n for n, b in ran.named_buffers() if b is not buffers.get(n)]
-    written = [t for t, version, _ in contents if t._version != version]
-    for tensor, version, value in contents:
-        if tensor._version != version:
-            tensor.detach().copy_(value)
-    if written:
+    if any(t._version != version for t, version in versions):
         return "forward writes into a tensor that is not a buffer"
     if changed:
         return f"forward keeps state in {changed[0]!r}; make it a buffer that is written in place"

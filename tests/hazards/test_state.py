@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -368,14 +369,6 @@ class TensorHookInSubmodule(Plain):
         return self.mix(self.reverse(self.user(u)), x)
 
 
-class ParameterHook(Plain):
-    hoists = True
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a.weight.register_hook(_halved)
-
-
 def _double(module: nn.Module, args: Any, out: Tensor) -> Tensor:
     return out * 2
 
@@ -390,10 +383,6 @@ def _scaled(module: nn.Module, grads: Any, outs: Any) -> Any:
 
 def _clipped(module: nn.Module, outs: Any) -> Any:
     return tuple(g.clamp(-0.1, 0.1) for g in outs)
-
-
-def _halved(grad: Tensor) -> Tensor:
-    return grad / 2
 
 
 class SpectralNorm(Plain):
@@ -428,7 +417,9 @@ class OldWeightNorm(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.utils.weight_norm(self.a)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # deprecated, and in use
+            self.a = nn.utils.weight_norm(self.a)
 
 
 class Orthogonal(Plain):
