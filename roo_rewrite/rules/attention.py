@@ -22,6 +22,9 @@ from roo_rewrite.rules.registry import Call, Operand, case, rule
         case("B 4 2 3", "B 2 5 3", "B 2 5 3", call=lambda n, q, k, v: (q, k, v, {"enable_gqa": True})),
         case("B 3", "5 3", "5 3", call=lambda n, q, k, v: (q, k, v, None, 0.0, True), declines=True),
         case("B 3", "B 3", "B 3", declines=True),
+        case("B 2 3", "7 4 3", "7 4 3", declines=True),
+        case("B 2 3", "B 4 3", "B 4 3", "7 1 4", declines=True),
+        case("2 B 3", "2 5 3", "2 5 3", "7 5", declines=True),
         case("B 2 3", "B 4 3", "B 4 2", call=lambda n, q, k, v: (q, k, v, None, 0.5), declines=True),
     ],
 )

@@ -46,6 +46,7 @@ def joined(operands: Sequence[Operand], dim: int) -> Batching:
         case("B*2 3", "B*2 3", "B*2 3", call=lambda n, *xs: (list(xs), 0)),
         case("B*2 3", "B*3 3", call=lambda n, x, y: ([x, y], 0), declines=True),
         case("B 3", "2 3", call=lambda n, x, y: ([x, y], 0), declines=True),
+        case("B 3", "7 3", call=lambda n, x, y: ([x, y], 1), declines=True),
     ],
 )
 def cat(call: Call) -> Batching:
@@ -60,6 +61,7 @@ def cat(call: Call) -> Batching:
         case("B 2", "B 2", call=lambda n, x, y: ([x, y], 1)),
         case("2 B", "2 B", call=lambda n, x, y: ([x, y], -1)),
         case("B", "B", call=lambda n, x, y: ([x, y], 1)),
+        case("B 2", "7 2", call=lambda n, x, y: ([x, y], 1), declines=True),
     ],
 )
 def stack(call: Call) -> Batching:

@@ -45,6 +45,8 @@ def is_row_index(index: Operand, rows: Rows | None, dim: int) -> bool:
         case("4 3", "i:B", call=lambda n, x, i: (x, 0, i)),
         case("2 4", "i:B*2", call=lambda n, x, i: (x, -1, i)),
         case("B 4", "#B", call=lambda n, x, i: (x, 0, i)),
+        case("7 4", "#B", call=lambda n, x, i: (x, 0, i), declines=True),
+        case("B*4 4", "#B*2", call=lambda n, x, i: (x, 0, i), declines=True),
         case("B*2 4", "#B*2", call=lambda n, x, i: (x, 0, i)),
         case("B 4", "i:2", call=lambda n, x, i: (x, 0, i), declines=True),
         case("B 4", "i:B", call=lambda n, x, i: (x, 0, i), declines=True),
@@ -62,6 +64,8 @@ def index_select(call: Call) -> Batching:
         case("B 4", "i:B 2", call=lambda n, x, i: (x, 1, i)),
         case("B 2 4", "i:B 1 3", call=lambda n, x, i: (x, -1, i)),
         case("4 3", "i:B 3", call=lambda n, x, i: (x, 0, i)),
+        case("7 4", "i:B 2", call=lambda n, x, i: (x, 1, i), declines=True),
+        case("B 4", "i:7 2", call=lambda n, x, i: (x, 1, i), declines=True),
         case("B 4", "i:3 1", call=lambda n, x, i: (x, 1, i[:n]), declines=True),
         case("B 4", "i:B 4", call=lambda n, x, i: (x, 0, i), declines=True),
     ],
@@ -88,6 +92,8 @@ def in_step(call: Call, out: Operand, others: Sequence[Operand]) -> Batching:
     cases=[
         case("B 4", "i:B 2", call=lambda n, x, i: (x, i, 1)),
         case("1 4", "i:B 2", call=lambda n, x, i: (x, i, 1)),
+        case("7 4", "i:B 2", call=lambda n, x, i: (x, i, 1), declines=True),
+        case("B 4", "i:7 4", call=lambda n, x, i: (x, i, 0), declines=True),
         case("B 4", "i:1 2", call=lambda n, x, i: (x, i, -1)),
         case("4 2", "i:B 2", call=lambda n, x, i: (x, i, 0)),
         case("B", "i:2", call=lambda n, x, i: (x, i), declines=True),
@@ -172,6 +178,9 @@ _INDEX_CASES = [
     case("3 B 4", "#B", "i:B", call=lambda n, x, r, i: (x, [None, r, i])),
     case("B*2 4", "#B*2", call=lambda n, x, r: (x, [r])),
     case("B 4", "i:B", call=lambda n, x, i: (x, [i]), declines=True),
+    case("7 4", "#B", call=lambda n, x, r: (x, [r]), declines=True),
+    case("B*2 4", "#B", call=lambda n, x, r: (x, [r]), declines=True),
+    case("B 4 4", "#B", "i:7", call=lambda n, x, r, i: (x, [r, i]), declines=True),
     case("B 4", "i:2", call=lambda n, x, i: (x, [i]), declines=True),
     case("B 4", "i:B", call=lambda n, x, i: (x, [None, i]), declines=True),
 ]
@@ -242,6 +251,7 @@ def one_hot(call: Call) -> Batching:
         case("s:4", "B 3"),
         case("s:B 4", "B 3"),
         case("s:B", "3", declines=True),
+        case("s:7 4", "B 3", declines=True),
     ],
 )
 def searchsorted(call: Call) -> Batching:

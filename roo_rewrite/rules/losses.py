@@ -95,6 +95,7 @@ def triplet_margin_loss(call: Call) -> Batching:
         case("B 4 2", "i:B 2", "p:4", call=lambda n, x, t, w: (x, t, w, _NONE)),
         case("2 4 B", "i:2 B", call=lambda n, x, t: (x, t, None, _NONE)),
         case("B 4", "i:B", declines=True),
+        case("B 4", "i:7", call=lambda n, x, t: (x, t, None, _NONE), declines=True),
     ],
 )
 @rule("aten.nll_loss.default", cases=[case("B 4", "i:B", call=lambda n, x, t: (x, t, None, _NONE))])

@@ -34,7 +34,15 @@ def mm(call: Call) -> Batching:
     return einsum("ik,kj->ij", _two(call, "self", "mat2"))
 
 
-@rule("aten.bmm.default", cases=[case("B 2 3", "B 3 4"), case("2 B 3", "2 3 4"), case("2 3 B", "2 B 4", declines=True)])
+@rule(
+    "aten.bmm.default",
+    cases=[
+        case("B 2 3", "B 3 4"),
+        case("2 B 3", "2 3 4"),
+        case("2 3 B", "2 B 4", declines=True),
+        case("B 2 3", "7 3 4", declines=True),
+    ],
+)
 def bmm(call: Call) -> Batching:
     """A batch of matrix products."""
     return einsum("bik,bkj->bij", _two(call, "self", "mat2"))
@@ -65,6 +73,7 @@ def outer(call: Call) -> Batching:
         case("3", "3 B"),
         case("B 2 3", "3 1"),
         case("3 B", "B 2", declines=True),
+        case("B 2 3", "7 3 4", declines=True),
     ],
 )
 def matmul(call: Call) -> Batching:

@@ -21,6 +21,7 @@ _BINARY_CASES = [
     case("B 1 3", "B 2 1"),
     case("2 B", "B"),
     case("1 B", "B 1", declines=True),
+    case("7 3", "B 3", declines=True),
 ]
 
 # Pointwise by torch's tag, but not a function of the operands alone, or writing into one of them.
@@ -165,8 +166,9 @@ def _tagged_cases(op: OpOverload) -> list[Case]:
     kind = "i:" if bitwise else "u:"
     if len(tensors) <= 1:
         return [case(f"{kind}{shape}", call=call) for shape in ("B 3", "3 B", "B*2 3")]
+    tables = case(*(f"{kind}{s}" for s in ["B 3", *["7 3"] * (len(tensors) - 1)]), call=call, declines=True)
     shapes = [["B 3"] * len(tensors), ["2 B", *["B"] * (len(tensors) - 1)], ["B 1 3", *["B 2 1"] * (len(tensors) - 1)]]
-    return [case(*(f"{kind}{s}" for s in row), call=call) for row in shapes]
+    return [*(case(*(f"{kind}{s}" for s in row), call=call) for row in shapes), tables]
 
 
 def _register() -> None:

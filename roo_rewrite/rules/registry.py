@@ -125,7 +125,8 @@ class Case:
     `2 * arange(B)` laid along dim 0; `lengths`, `offsets`, `starts` (without the total) and `ends`
     (without the first 0) are those of the jagged pair.
     call: `(n, *tensors) -> args`, or `-> (args, kwargs)` where the last is a dict; n is the batch size.
-    declines: the rule must decline here (a negative test), because the law does not hold.
+    declines: the rule must decline here (a negative test), because the law does not hold. The batch drawn has
+    7 rows then, so that a `7` is a dim of a value without a batch that has an entry per row.
     empty: False where the op itself cannot run on a batch of no rows.
     """
 

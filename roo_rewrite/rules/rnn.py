@@ -50,6 +50,7 @@ def _layer_cases(gates: int, states: int) -> list[Case]:
         case("B*2 4 3", *["1 B*2 2"] * states, call=_layer(gates)),
         case("B 4 3", *stacked, call=_layer(gates, layers=2, both=True)),
         case("4 B 3", *["1 4 2"] * states, call=_layer(gates), declines=True),
+        case("B 4 3", *["1 7 2"] * states, call=_layer(gates), declines=True),
     ]
 
 
@@ -106,6 +107,7 @@ for _name, (_gates, _count) in _KINDS.items():
     _cell_cases = [
         case("B 3", *["B 2"] * _count, call=_cell(_gates)),
         case("B*2 3", *["B*2 2"] * _count, call=_cell(_gates)),
+        case("7 3", *["B 2"] * _count, call=_cell(_gates), declines=True),
     ]
     rule(f"aten.{_name}_cell.default", cases=_cell_cases)(cell)
 

@@ -22,6 +22,8 @@ from roo_rewrite.rules.registry import Call, Operand, case, rule
     cases=[
         case("B 4", "i:B 1", "B 1", call=lambda n, x, i, s: (x, 1, i, s)),
         case("4 B", "i:1 B", "1 B", call=lambda n, x, i, s: (x, 0, i, s)),
+        case("B 4", "i:B 1", "7 1", call=lambda n, x, i, s: (x, 1, i, s), declines=True),
+        case("7 4", "i:B 1", "B 1", call=lambda n, x, i, s: (x, 1, i, s), declines=True),
         case("B 4", "i:B 4", "B 4", call=lambda n, x, i, s: (x, 0, i, s), declines=True),
     ],
 )
@@ -53,6 +55,10 @@ def scatter(call: Call) -> Batching:
         case("B 4", "b:B", call=lambda n, x, m: (x, [m], torch.tensor([9.0]).to(x))),
         case("B 4", "i:2", "2", call=lambda n, x, i, v: (x, [None, i], v[:1])),
         case("B 4", "#B", "i:B", "B", call=lambda n, x, r, i, v: (x, [r, i], v)),
+        case("B 4", "#B", "i:B", "7", call=lambda n, x, r, i, v: (x, [r, i], v), declines=True),
+        case("7 4", "#B", "i:B", "B", call=lambda n, x, r, i, v: (x, [r, i], v), declines=True),
+        case("B 4", "i:B", "B", call=lambda n, x, i, v: (x, [None, i], v[:1]), declines=True),
+        case("B 4", "b:7 4", call=lambda n, x, m: (x, [m], torch.tensor(9.0).to(x)), declines=True),
         case("B 4", "#B", "i:B", call=lambda n, x, r, i: (x, [r, i], torch.tensor(9.0).to(x))),
         case("B 4", "i:2", call=lambda n, x, i: (x, [i], torch.tensor(9.0).to(x)), declines=True),
     ],
@@ -134,6 +140,7 @@ def slice_scatter(call: Call) -> Batching:
     cases=[
         case("B 4", "B", call=lambda n, x, s: (x, s, 1, 2)),
         case("4 B", "B", call=lambda n, x, s: (x, s, 0, -1)),
+        case("B 4", "7", call=lambda n, x, s: (x, s, 1, 2), declines=True),
         case("B 4", "4", call=lambda n, x, s: (x, s, 0, 1), declines=True),
     ],
 )

@@ -246,5 +246,10 @@ def expand_as(call: Call) -> Batching:
     return batched(aligned([_x(call), call.operand("other")]))
 
 
-rule("aten.view_as_complex.default", "aten.view_as_complex_copy.default", cases=[case("B 3 2")])(unary)
+@rule("aten.view_as_complex.default", "aten.view_as_complex_copy.default", cases=[case("B 3 2"), case("3 B 2")])
+def view_as_complex(call: Call) -> Batching:
+    """The last dim, of a real and an imaginary part, goes."""
+    return along(call, -1, what="the batch is the pair of real and imaginary part")
+
+
 rule("aten.view_as_real.default", cases=[case("c:B 3")])(unary)
