@@ -117,7 +117,8 @@ def impression_rows(table: pa.Table, columns: Columns, rows: int) -> Iterator[pa
     for at in range(0, len(owners), rows):
         taken = pa.array(owners[at : at + rows])
         piece = struct.slice(at, rows)
-        parts = dict(zip(columns.fields, piece.flatten())) | {c: table[c].take(taken) for c in columns.request}
+        parts = dict(zip((f.name for f in piece.type), piece.flatten()))
+        parts |= {c: table[c].take(taken) for c in columns.request}
         yield pa.table({n: parts[n] for n in names})
 
 

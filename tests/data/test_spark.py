@@ -37,8 +37,9 @@ def contents(folder):
     return [pq.read_table(folder / p.path).replace_schema_metadata() for p in read_manifest(folder).parts]
 
 
-@pytest.mark.parametrize("memory", [6000, 1 << 30])
-@pytest.mark.parametrize("options", [{}, {"user": "user", "time": "time"}, {"user": "user_name"}])
+@pytest.mark.parametrize(
+    ("memory", "options"), [(20_000, {"user": "user", "time": "time"}), (1 << 30, {"user": "user_name"}), (1 << 30, {})]
+)
 def test_both_engines_agree(engine, small_log, spec, write, tmp_path, same_bits, memory, options):
     tables = [small_log([i * 5 % 11 for i in range(30)]), small_log([i * 3 % 13 for i in range(20)])]
     tables[1] = tables[1].set_column(
@@ -59,8 +60,8 @@ def test_errors_of_tasks_come_back_as_they_were(engine, small_log, spec, write, 
     table = small_log([1, 2, 1, 2] * 8)
     log = write(table.set_column(4, "user_name", pa.array([f"u{i}" for i in range(32)])), row_group_size=4)
     with pytest.raises(DataError, match="'user_name' of request 1: 'u0' and 'u"):
-        to_requests(log, tmp_path / "out", spec, "rid", memory=4000, engine=engine)
-    manifest = to_requests(log, tmp_path / "out", spec, "rid", memory=4000, engine=engine, on_conflict="demote")
+        to_requests(log, tmp_path / "out", spec, "rid", memory=20_000, engine=engine)
+    manifest = to_requests(log, tmp_path / "out", spec, "rid", memory=20_000, engine=engine, on_conflict="demote")
     assert manifest.provenance["demoted"] == ["user_name"]
 
 
