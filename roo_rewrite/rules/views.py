@@ -6,7 +6,7 @@ from functools import partial
 
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Replicated, Rows
-from roo_rewrite.rules.families import aligned, batched, reshaped, shifted, unary, wrap
+from roo_rewrite.rules.families import aligned, along, batched, reshaped, shifted, unary, wrap
 from roo_rewrite.rules.registry import Call, Extent, Operand, case, rule
 
 _SIZES = ("size", "shape", "sizes")
