@@ -16,9 +16,8 @@ rows on the request side; packed columns and KeyedJaggedTensors become a pair (r
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Literal
 
 import torch
@@ -28,6 +27,8 @@ from torch.utils import _pytree as pytree
 from roo_rewrite.errors import InputError, SpecError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec, Range, matches
+from roo_rewrite.kjt import is_kjt as is_kjt
+from roo_rewrite.kjt import join
 from roo_rewrite.ops.ragged import offsets_of, select_ragged
 
 Kind = Literal["dense", "shared", "values", "lengths", "offsets", "offsets_total"]
@@ -179,16 +180,7 @@ class Keyed(Leaf):
         return parts
 
     def to_impression(self, atoms: Sequence[Tensor]) -> Any:
-        return self._join(list(self.keys), atoms)
-
-    def _join(self, keys: list[str], atoms: Sequence[Tensor]) -> Any:
-        from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
-
-        step = self._step
-        columns = [torch.cat(list(atoms[i::step])) for i in range(step)] if keys else [torch.zeros(0)] * step
-        return KeyedJaggedTensor(
-            keys=keys, values=columns[0], lengths=columns[1], weights=columns[2] if self.weighted else None
-        )
+        return join(self.keys, atoms, self.weighted, self.sides)
 
     def _side(self, side: Provenance) -> list[int]:
         return [i for i, s in enumerate(self.sides) if s is side]
@@ -217,14 +209,8 @@ class Keyed(Leaf):
         for side in (Provenance.REQUEST, Provenance.IMPRESSION):
             chosen = self._side(side)
             flat = [atoms[i * self._step + j] for i in chosen for j in range(self._step)]
-            pair.append(self._join([self.keys[i] for i in chosen], flat))
+            pair.append(join([self.keys[i] for i in chosen], flat, self.weighted, [side] * len(chosen)))
         return tuple(pair)
-
-
-def is_kjt(value: Any) -> bool:
-    """Whether `value` is a TorchRec KeyedJaggedTensor, without importing TorchRec."""
-    module = sys.modules.get("torchrec.sparse.jagged_tensor")
-    return module is not None and isinstance(value, module.KeyedJaggedTensor)
 
 
 def _what(value: Any) -> str:
@@ -418,6 +404,16 @@ def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(tree, is_leaf=is_kjt)
 
 
+def register_dataclasses(tree: Any) -> None:
+    """Makes pytree nodes of the dataclass instances in `tree`, at any depth, that hold tensors."""
+    for value in pytree.tree_leaves(tree, is_leaf=is_kjt):
+        if is_dataclass(value) and not isinstance(value, (type, Tensor)):
+            fields = list(vars(value).values())
+            register_dataclasses(fields)
+            if any(isinstance(v, Tensor) or is_kjt(v) for v in pytree.tree_leaves(fields, is_leaf=is_kjt)):
+                torch.export.register_dataclass(type(value))
+
+
 def _path(keys: tuple[Any, ...], parameters: Parameters) -> Path:
     """A pytree path in (args, kwargs) as a path from the parameters."""
     steps = [
@@ -436,6 +432,7 @@ def bind_inputs(
     """The calling convention of `forward` for this example. Raises SpecError where the spec does not fit."""
     parameters = parameters_of(forward, args, kwargs)
     call = (tuple(args), dict(kwargs))
+    register_dataclasses(call)
     with_paths, _ = pytree.tree_flatten_with_path(call, is_leaf=is_kjt)
     tree = _flatten(call)[1]
     paths = tuple(_path(keys, parameters) for keys, _ in with_paths)

@@ -61,10 +61,36 @@ class LeafSite:
         target: Callable[..., Any] = root.get_submodule(self.path) if self.function is None else self.function.apply
         return tensors_of(target(*args, **kwargs))
 
+    def fake(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Outputs of the right shapes for traced inputs."""
+        one, two = self.batches
+        batch: Any = next(
+            (s for t in tensors for s in t.shape if isinstance(s, torch.SymInt) and s.node.hint == one), None
+        )
+        outputs = []
+        for (first, second), dtype in zip(self.shapes, self.dtypes):
+            shape: list[Any] = []
+            for a, b in zip(first, second):
+                if a == b:
+                    shape.append(a)
+                elif batch is not None and a % one == 0 and b == (a // one) * two:
+                    shape.append(batch * (a // one))
+                else:
+                    shape.append(torch.library.get_ctx().new_dynamic_size())
+            outputs.append(tensors[0].new_empty(shape, dtype=dtype) if tensors else torch.empty(shape, dtype=dtype))
+        return outputs
+
 
 def tensors_of(tree: Any) -> list[Tensor]:
     """The tensor leaves of a pytree, in order."""
     return [v for v in pytree.tree_leaves(tree) if isinstance(v, Tensor)]
+
+
+def add_site(sites: list[LeafSite], site: LeafSite) -> int:
+    """A call met while tracing: its number for the op `roo::leaf`."""
+    sites.append(site)
+    _SITES.append(site)
+    return len(_SITES) - 1
 
 
 @torch.library.custom_op("roo::leaf", mutates_args=())
@@ -75,21 +101,7 @@ def leaf_op(tensors: list[Tensor], site: int) -> list[Tensor]:
 
 @leaf_op.register_fake
 def _leaf_shapes(tensors: list[Tensor], site: int) -> list[Tensor]:
-    found = _SITES[site]
-    one, two = found.batches
-    batch: Any = next((s for t in tensors for s in t.shape if isinstance(s, torch.SymInt) and s.node.hint == one), None)
-    outputs = []
-    for (first, second), dtype in zip(found.shapes, found.dtypes):
-        shape: list[Any] = []
-        for a, b in zip(first, second):
-            if a == b:
-                shape.append(a)
-            elif batch is not None and a % one == 0 and b == (a // one) * two:
-                shape.append(batch * (a // one))
-            else:
-                shape.append(torch.library.get_ctx().new_dynamic_size())
-        outputs.append(tensors[0].new_empty(shape, dtype=dtype) if tensors else torch.empty(shape, dtype=dtype))
-    return outputs
+    return _SITES[site].fake(tensors)
 
 
 Handle = Callable[[str, "type[torch.autograd.Function] | None", Callable[..., Any], Any, Any], Any]
@@ -221,9 +233,9 @@ def frozen_buffers(module: nn.Module) -> Iterator[None]:
 def default_leaves(model: nn.Module) -> list[str]:
     """Paths of the modules that are leaves by nature.
 
-    TorchRec's embedding modules, so that they stay shardable, and modules with backward hooks, which a trace loses.
+    TorchRec's sharded embedding modules, and modules with backward hooks, which a trace loses.
     """
-    names = {"EmbeddingBagCollection", "EmbeddingCollection", "ShardedEmbeddingBagCollection"}
+    names = {"ShardedEmbeddingBagCollection", "ShardedEmbeddingCollection"}
     torchrec = [
         p for p, m in model.named_modules() if p and type(m).__name__ in names and "torchrec" in type(m).__module__
     ]
