@@ -96,20 +96,23 @@ class Builder:
             return node
         if list(index) == list(range(index[0], index[0] + len(index))):
             return self.call(aten.slice.Tensor, node, dim, index[0], index[0] + len(index))
-        return self.call(aten.index_select.default, node, dim, self.constant(index, node))
+        return self.call(aten.index_select.default, node, dim, self.constant(index))
 
-    def constant(self, values: Sequence[int], like: Node) -> Node:
+    def constant(self, values: Sequence[int]) -> Node:
         """An int64 vector known at compile time."""
         key = ("constant", tuple(values))
         if key not in self.known:
-            name = f"constant_{len(self.captured.constants)}"
-            self.captured.constants[name] = torch.tensor(list(values))
-            made = self.graph.get_attr(f"_roo.{name}")
-            mode = like.meta["val"].fake_mode
-            made.meta = {"val": mode.from_tensor(self.captured.constants[name], static_shapes=True)}
-            made.meta[PROVENANCE] = Provenance.CONSTANT
-            self.known[key] = made
+            self.known[key] = self.literal(torch.tensor(list(values)))
         return self.known[key]
+
+    def literal(self, value: torch.Tensor) -> Node:
+        """A tensor known at compile time."""
+        name = f"constant_{len(self.captured.constants)}"
+        self.captured.constants[name] = value.contiguous()
+        made = self.graph.get_attr(f"_roo.{name}")
+        mode = next(n.meta["val"].fake_mode for n in self.graph.nodes if isinstance(n.meta.get("val"), FakeTensor))
+        made.meta = {"val": mode.from_tensor(value, static_shapes=True), PROVENANCE: Provenance.CONSTANT}
+        return made
 
     def sizes(self, shape: Sequence[Any]) -> list[Any]:
         """A traced shape as arguments: sizes that depend on the batch become nodes."""

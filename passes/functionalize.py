@@ -23,11 +23,15 @@ import torch.fx
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from roo_rewrite.ops.norm import weighted_batch_norm
+
 EFFECT = "roo_effect"
 aten = torch.ops.aten
 
 # In-place ops that change the shape of the tensor object only: views by another name.
 _RESHAPING = {"unsqueeze_", "squeeze_", "t_", "transpose_", "detach_", "swapaxes_", "swapdims_"}
+# Ops that update running statistics in training.
+_UPDATING = {aten.batch_norm.default, aten.instance_norm.default, weighted_batch_norm}
 # Views that their schema does not call so.
 _SILENT_VIEWS = {aten.meshgrid.default, aten.meshgrid.indexing, aten.broadcast_tensors.default}
 
@@ -38,6 +42,7 @@ def functionalize(graph: Graph) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function":
             _visit(graph, node, bases)
+    _statistics(graph)
     _own_inputs(graph)
     graph.eliminate_dead_code(is_impure_node=keeps)
     graph.lint()
@@ -51,7 +56,7 @@ def is_effect(node: Node) -> bool:
 def keeps(node: Node) -> bool:
     """Whether dead code elimination must leave a node: effects, and what moves the random state along."""
     tags = node.target.tags if isinstance(node.target, OpOverload) else ()
-    updates = node.target is aten.batch_norm.default
+    updates = node.target in _UPDATING
     return is_effect(node) or torch.Tag.nondeterministic_seeded in tags or updates
 
 
@@ -256,6 +261,15 @@ def _unsplit(graph: Graph, view: Node, new: Node, split: Node) -> Node | None:
         return None
     start = sum(sizes[:index])
     return _call(graph, aten.slice_scatter.default, (x, new, dim, start, start + sizes[index]), {}, x)
+
+
+def _statistics(graph: Graph) -> None:
+    """Running statistics that more than one batch norm updates, or that others read, move in the order of the model."""
+    for norm in [n for n in graph.nodes if n.target is aten.batch_norm.default and n.args[5]]:
+        for buffer in norm.args[3:5]:
+            if isinstance(buffer, Node) and len(buffer.users) > 1:
+                for shared in (norm, buffer):
+                    shared.meta[EFFECT] = "updates running statistics that others use"
 
 
 def _own_inputs(graph: Graph) -> None:

@@ -25,7 +25,7 @@ import torch.fx
 from torch.fx import Graph, Node
 
 from passes.annotate import WEIGHTED
-from passes.functionalize import is_effect
+from passes.functionalize import keeps
 from passes.partition import Partition
 from roo_rewrite.capture import BATCH, Captured
 from roo_rewrite.facts import Lengths, Provenance, Ragged, Replicated, Rows, Size, annotation
@@ -67,7 +67,7 @@ class _Hoist:
                 self._mark(self.graph.output(torch.fx.map_arg(node.args[0], self._impression)))
             elif node not in self.inside and node.op != "placeholder" and not _on_demand(node):
                 self._impression(node)
-        self.graph.eliminate_dead_code(is_impure_node=_keeps)
+        self.graph.eliminate_dead_code(is_impure_node=keeps)
         self.graph.lint()
         return self.graph
 
@@ -264,9 +264,3 @@ def _on_demand(node: Node) -> bool:
     """Constants and sizes are copied to the side that reads them, effects stay where they are."""
     known = annotation(node)
     return known.provenance is Provenance.CONSTANT or isinstance(known.batching, Size)
-
-
-def _keeps(node: Node) -> bool:
-    mutating = node.target in (aten.batch_norm.default, weighted_batch_norm)
-    random = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
-    return is_effect(node) or mutating or random

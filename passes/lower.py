@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph
 
-from passes.hoist import SIDE
+from passes.hoist import COUNTS, SIDE
+from passes.mixed_rate import mixed_rate
 from roo_rewrite.ops.broadcast import jagged_broadcast, request_of
 
 aten = torch.ops.aten
@@ -24,6 +25,7 @@ aten = torch.ops.aten
 
 def lower(graph: Graph) -> None:
     """Lowers the hoisted graph in place."""
+    mixed_rate(graph, next(n for n in graph.nodes if n.op == "placeholder" and n.name == COUNTS))
     for node in list(graph.nodes):
         if node.target is jagged_broadcast and node.args[3:] == (1, 1):
             x, rows, dim, *_ = node.args

@@ -21,9 +21,10 @@ from dataclasses import dataclass, field
 import networkx as nx
 from torch.fx import Node
 
+from passes.mixed_rate import at_request_rate
 from roo_rewrite.capture import Captured
 from roo_rewrite.cost import NOMINAL_IMPRESSIONS, cost, device_of, nbytes
-from roo_rewrite.facts import Annotation, Provenance, Ragged, Replicated, Rows, Several, annotation
+from roo_rewrite.facts import Annotation, Provenance, Ragged, Replicated, Rows, Several, Size, annotation
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,14 @@ def partition(captured: Captured, fanout: float) -> Partition:
     movable = [n for n in nodes if may_move(n)]
     inside = _cut(captured, movable, fanout) if movable else set()
     request = tuple(n for n in movable if n in inside)
-    residuals = tuple(n for n in request if any(u not in inside for u in n.users) and not is_bundle(n))
+    residuals = tuple(n for n in request if any(u not in inside and reads_value(u) for u in n.users) and not is_bundle(n))
     reasons = {n: _reason(n, inside) for n in nodes if n not in inside}
     return Partition(request, residuals, {n: r for n, r in reasons.items() if r}, fanout)
+
+
+def reads_value(node: Node) -> bool:
+    """Whether a node reads its operands' entries, not only their sizes or device."""
+    return node.op == "output" or not (isinstance(annotation(node).batching, Size) or node.target is getattr)
 
 
 def may_move(node: Node) -> bool:
@@ -91,7 +97,10 @@ def _cut(captured: Captured, movable: list[Node], fanout: float) -> set[Node]:
             if source in members:
                 network.add_edge(into, ("in", source))
         for user in node.users:
-            network.add_edge(out, ("in", user) if user in members else "sink")
+            if user in members:
+                network.add_edge(out, ("in", user))
+            elif reads_value(user) and not at_request_rate(user, node):
+                network.add_edge(out, "sink")
     if "sink" not in network:
         return members
     network.add_node("source")

@@ -93,7 +93,7 @@ class Application:
 
 def _load() -> None:
     """Importing the handler modules registers them."""
-    for name in ("blocks", "views", "sums", "linear", "products", "reductions", "norms"):
+    for name in ("blocks", "views", "sums", "linear", "products", "reductions", "norms", "attention"):
         importlib.import_module(f"passes.split_{name}")
 
 
@@ -237,6 +237,7 @@ def _may_split(node: Node) -> bool:
     return (
         isinstance(node.target, OpOverload)
         and EFFECT not in node.meta
+        and not any(EFFECT in n.meta for n in node.all_input_nodes)  # must be read where it stands
         and AUTOCAST not in node.meta
         and isinstance(node.meta.get("val"), (Tensor, list, tuple))
         and node.target is not torch.ops.roo.leaf.default
@@ -245,9 +246,15 @@ def _may_split(node: Node) -> bool:
 
 
 def _random(node: Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and bool(
-        node.target is not aten.dropout.default or (node.args[1] and node.args[2])
-    )
+    """Whether a node draws random numbers, as it is called here."""
+    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
+        return False
+    named = {a.name: a.default_value for a in node.target._schema.arguments}
+    named.update(zip(named, node.args))
+    named.update(node.kwargs)
+    if "dropout_p" in named:
+        return bool(named["dropout_p"])
+    return not (named.get("train") is False or named.get("p") == 0)
 
 
 def _keeps(node: Node) -> bool:

@@ -21,6 +21,7 @@ from passes.forms import (
     same_shape,
 )
 from passes.split import Application, Splitter, handles
+from passes.split_attention import added_mask
 from passes.split_blocks import blockwise, broadcast
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Provenance
@@ -43,6 +44,9 @@ def add(s: Splitter, app: Application) -> Form | None:
         return None
     if any(isinstance(f, Blocks) for f in (left, right)):
         return _blocks(s, app)
+    banned = added_mask(s, left, right) if str(app.target) == "aten.add.Tensor" else None
+    if banned is not None:
+        return banned
     sign = float(app["alpha"]) * (-1.0 if str(app.target).startswith("aten.sub") else 1.0)
     terms = (*terms_of(left), *((sign * c, t) for c, t in terms_of(right)))
     made = Sum(terms, broadcast([left.shape, right.shape]))

@@ -1,0 +1,211 @@
+"""Products with a broadcast operand are taken at the request's rate.
+
+    before                                    after
+    e = jagged_broadcast(K, rows, 0)          layout = jagged_layout(counts, rows)
+    s = bmm(q, e)                             s = jagged_einsum("bik,bkj->bij", q, K, layout)
+
+and so for matmul, einsum of two, attention, and a product summed over a dim. Called by `lower`.
+Postcondition: no product reads a broadcast value it could read at R rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from passes.functionalize import keeps
+from roo_rewrite.facts import Provenance
+from roo_rewrite.ops.broadcast import jagged_broadcast
+from roo_rewrite.ops.mixed_rate import jagged_einsum, jagged_layout
+from roo_rewrite.rules.matmul import spelled_out
+
+aten = torch.ops.aten
+SIDE = "roo_side"
+_LETTERS = "bcdefgh"
+
+
+def mixed_rate(graph: Graph, counts: Node) -> None:
+    """Rewrites the products of a hoisted graph in place."""
+    layout: Node | None = None
+    for node in list(graph.nodes):
+        if node.target is aten.scaled_dot_product_attention.default and is_broadcast(node.args[1]):
+            _unfold_attention(graph, node)
+    for node in list(graph.nodes):
+        found = product_of(node)
+        if found is None:
+            continue
+        equation, x, y = found
+        letters = equation.split("->")[0].split(",")[1]
+        if not is_broadcast(y) or is_broadcast(x) or len(_shape(y)) != len(letters):
+            continue
+        rows = y.args[1]
+        if layout is None:
+            with graph.inserting_after(rows):
+                layout = graph.call_function(jagged_layout, (counts, rows))
+            layout.meta[SIDE] = Provenance.IMPRESSION
+        with graph.inserting_before(node):
+            new = graph.call_function(jagged_einsum, (equation, _shaped(graph, x, equation), y.args[0], layout))
+        _take_over(graph, node, _like(new, node))
+    graph.eliminate_dead_code(is_impure_node=keeps)
+
+
+def at_request_rate(user: Node, node: Node) -> bool:
+    """Whether `user` is a product that can read `node` at R rows, its other operand having I rows."""
+    if user.target is aten.scaled_dot_product_attention.default:
+        named = _attention_arguments(user)
+        return node in (named["key"], named["value"]) and node is not named["query"] and _unfolds(named)
+    written = _written(user)
+    if written is None:
+        return False
+    (first, second, out), x, y = written
+    if x is y or node not in (x, y) or not (first and second and out) or not first[0] == second[0] == out[0]:
+        return False
+    return len(_shape(node)) == len(first if node is x else second)
+
+
+def is_broadcast(node: Any) -> bool:
+    """Whether a node is the plain broadcast of rows in dim 0."""
+    return isinstance(node, Node) and node.target is jagged_broadcast and node.args[2:] == (0, 1, 1)
+
+
+def product_of(node: Node) -> tuple[str, Node, Node] | None:
+    """A product as an einsum over the batch "b" of both operands: (equation, other operand, candidate for R rows).
+
+    Of two operands the second is the one that is broadcast, if either is.
+    """
+    written = _written(node)
+    if written is None:
+        return None
+    (first, second, out), x, y = written
+    if not first or not second or not out or first[0] != second[0] or out[0] != first[0]:
+        return None
+    return (f"{first},{second}->{out}", x, y) if not is_broadcast(x) else (f"{second},{first}->{out}", y, x)
+
+
+def _written(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
+    """Letters of both operands and the result of a product, and the operands."""
+    shape = _shape
+    match node.target:
+        case aten.bmm.default:
+            x, y = node.args[:2]
+            return ("bik", "bkj", "bij"), x, y  # type: ignore[return-value]
+        case aten.matmul.default:
+            x, y = node.args[:2]
+            lead = _LETTERS[: len(shape(x)) - 2]
+            same = len(shape(x)) == len(shape(y)) and len(shape(x)) > 2
+            if not same or any(str(a) != str(b) for a, b in zip(shape(x)[:-2], shape(y)[:-2])):
+                return None
+            return (f"{lead}ik", f"{lead}kj", f"{lead}ij"), x, y  # type: ignore[return-value]
+        case aten.einsum.default:
+            equation, operands = node.args[:2]
+            if len(operands) != 2 or len(node.args) > 2:  # type: ignore[arg-type]
+                return None
+            x, y = operands  # type: ignore[misc]
+            left, out = spelled_out(str(equation), [len(shape(x)), len(shape(y))]).split("->")
+            first, second = left.split(",")
+            repeated = any(len(set(t)) < len(t) for t in (first, second))
+            return None if repeated or "Z" in left else ((first, second, out), x, y)  # type: ignore[return-value]
+        case aten.sum.dim_IntList:
+            return _summed(node)
+    return None
+
+
+def _shape(node: Any) -> tuple[Any, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
+    """sum(x * y, dims) where nothing else reads the product and both have all dims."""
+    inner, dims = node.args[0], node.args[1]
+    keepdim = len(node.args) > 2 and node.args[2]
+    if not isinstance(inner, Node) or inner.target is not aten.mul.Tensor or len(inner.users) > 1 or keepdim:
+        return None
+    x, y = inner.args
+    full = _shape(inner)
+    if not all(isinstance(f, Node) and len(_shape(f)) == len(full) for f in (x, y)) or len(full) < 2:
+        return None
+    letters = "bijklmn"[: len(full)]
+    gone = {d % len(full) for d in dims}  # type: ignore[union-attr]
+    if 0 in gone or len(full) > 7 or node.kwargs:
+        return None
+    names = ["".join(c for c, n in zip(letters, _shape(f)) if not (isinstance(n, int) and n == 1)) for f in (x, y)]
+    sizes_one = [c for c, n in zip(letters, full) if isinstance(n, int) and n == 1]
+    if sizes_one:
+        return None
+    out = "".join(c for d, c in enumerate(letters) if d not in gone)
+    return (names[0], names[1], out), x, y  # type: ignore[return-value]
+
+
+def _shaped(graph: Graph, x: Node, equation: str) -> Node:
+    """The operand without the dims of size 1 that its letters leave out."""
+    letters = equation.split(",")[0]
+    shape = _shape(x)
+    if len(shape) == len(letters):
+        return x
+    ones = [d for d, n in enumerate(shape) if isinstance(n, int) and n == 1]
+    new = graph.call_function(aten.squeeze.dims, (x, ones))
+    return _like(new, x)
+
+
+def _like(new: Node, node: Node) -> Node:
+    new.meta = dict(node.meta)
+    return new
+
+
+def _take_over(graph: Graph, node: Node, new: Node) -> None:
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+
+
+def _unfold_attention(graph: Graph, node: Node) -> None:
+    """softmax(q k' * scale + mask) v, as two products, so that keys and values stay at R rows."""
+    named = _attention_arguments(node)
+    q, k, v, mask = (named[n] for n in ("query", "key", "value", "attn_mask"))
+    if not _unfolds(named) or not is_broadcast(v):
+        return
+    lead = _LETTERS[: len(_shape(q)) - 2]
+    scale = named["scale"] if named["scale"] is not None else float(_shape(q)[-1]) ** -0.5
+    with graph.inserting_before(node):
+        scaled = _make(graph, q, aten.mul.Tensor, q, scale)
+        scores = _make(graph, None, aten.einsum.default, f"{lead}ik,{lead}jk->{lead}ij", [scaled, k])
+        if mask is not None:
+            scores = _masked(graph, scores, mask)
+        weights = _make(graph, None, aten.softmax.int, scores, -1)
+        made = _make(graph, node, aten.einsum.default, f"{lead}ij,{lead}jk->{lead}ik", [weights, v])
+    _take_over(graph, node, made)
+
+
+def _unfolds(named: dict[str, Any]) -> bool:
+    if named["dropout_p"] or named["is_causal"] or named["enable_gqa"]:
+        return False
+    q, k = _shape(named["query"]), _shape(named["key"])
+    return len(q) > 2 and len(q) == len(k) and all(str(a) == str(b) for a, b in zip(q[:-2], k[:-2]))
+
+
+def _masked(graph: Graph, scores: Node, mask: Node) -> Node:
+    if mask.meta["val"].dtype == torch.bool:
+        banned = _make(graph, None, aten.logical_not.default, mask)
+        return _make(graph, None, aten.masked_fill.Scalar, scores, banned, float("-inf"))
+    return _make(graph, None, aten.add.Tensor, scores, mask)
+
+
+def _attention_arguments(node: Node) -> dict[str, Any]:
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    given = dict(zip([a.name for a in schema], node.args))
+    return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema}
+
+
+def _make(graph: Graph, like: Node | None, target: Any, *args: Any) -> Node:
+    """A new impression-level node with its traced value."""
+    new = graph.call_function(target, args)
+    values = torch.fx.map_arg(args, lambda n: n.meta["val"])
+    tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, Tensor)]
+    with tensors[0].fake_mode:  # type: ignore[attr-defined]
+        new.meta["val"] = target(*values)
+    new.meta.update({k: v for k, v in (like.meta if like is not None else {}).items() if k != "val"})
+    new.meta[SIDE] = Provenance.IMPRESSION
+    return new

@@ -1,0 +1,292 @@
+"""Attention over history and target.
+
+    softmax(q [k_h, k_t]' + mask) [v_h, v_t]
+      rows of the history, target banned    =  softmax(q_h k_h' + mask_hh) v_h          per request
+      rows of the target                    =  two groups of scores, one softmax, two weighted sums
+
+A mask is recognised from its values: a region is banned where every entry of it is known at compile time
+to be False, or minus infinity, or so low that the softmax is exactly 0. In the latter case every row must
+be known to see something, else the banned entries count after all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from passes.constants import evaluate
+from passes.forms import (
+    Blocks,
+    Filled,
+    Form,
+    Picked,
+    Whole,
+    dtype_of,
+    hint,
+    is_static,
+    provenance,
+    same_size,
+)
+from passes.split import Application, Splitter, handles
+from passes.split_blocks import cut_form
+from roo_rewrite.facts import Provenance
+
+aten = torch.ops.aten
+# exp(x - max) is 0 in every float type once x is this far below; scores of a working model are not.
+LOW = -1e8
+
+
+def known(s: Splitter, form: Any) -> Tensor | None:
+    """The value of a form known at compile time."""
+    if isinstance(form, Picked):
+        base = evaluate(s.captured, form.base.node)
+        return None if base is None else base.index_select(form.dim, torch.tensor(form.index))
+    return evaluate(s.captured, form.node) if isinstance(form, Whole) else None
+
+
+@handles("aten.masked_fill.Scalar")
+def masked_fill(s: Splitter, app: Application) -> Form | None:
+    """Where the mask is known to be all True the value is a constant; all False, nothing happens."""
+    x, mask, value = app.form("self"), app.form("mask"), app["value"]
+    found = known(s, mask)
+    if found is None or not isinstance(value, (int, float)):
+        return None
+    if bool(found.all()) and found.numel() and not isinstance(x, Blocks):
+        return Filled(float(value), x.shape, next(iter(_nodes(x))))
+    return x if not bool(found.any()) else None
+
+
+def _nodes(form: Form) -> list[Node]:
+    from passes.forms import leaves
+
+    return [form.like] if isinstance(form, Filled) else list(leaves(form))
+
+
+@handles("aten.softmax.int")
+def softmax(s: Splitter, app: Application) -> Form | None:
+    """Parts that are banned weigh 0, and the others are a softmax by themselves."""
+    x = app.form("self")
+    if not isinstance(x, Blocks) or x.dim != app["dim"] % x.ndim:
+        return None
+    banned = [isinstance(p, Filled) and p.value <= LOW for p in x.parts]
+    rest = [p for p, b in zip(x.parts, banned) if not b]
+    if not any(banned) or not rest:
+        return None
+    lowest = max(p.value for p, b in zip(x.parts, banned) if b and isinstance(p, Filled))
+    if lowest > float("-inf") and not _every_row_sees(s, rest):
+        return None
+    joined = rest[0] if len(rest) == 1 else Blocks(x.dim, tuple(rest))
+    weights = s.apply(app.replaced(self=joined))
+    parts: list[Form] = []
+    start = 0
+    for part, is_banned, size in zip(x.parts, banned, x.sizes):
+        if is_banned:
+            assert isinstance(part, Filled)
+            parts.append(Filled(0.0, part.shape, part.like))
+        else:
+            parts.append(cut_form(s, weights, x.dim, start, start + size))
+            start += size
+    return Blocks(x.dim, tuple(parts))
+
+
+def _every_row_sees(s: Splitter, parts: Sequence[Form]) -> bool:
+    """Whether each row of the scores has an entry that no mask can have lowered."""
+    return any(_always_seen(s, s.builder.whole(p)) for p in parts)
+
+
+_SCALES = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
+_SCORES = (aten.bmm.default, aten.matmul.default, aten.einsum.default, aten.mm.default)
+
+
+def _always_seen(s: Splitter, node: Node) -> bool:
+    """Whether scores are products lowered by nothing but constant masks that leave every row an entry."""
+    if node.target in _SCORES:
+        return True
+    if node.target in _SCALES:
+        source, factor = node.args[:2]
+        number = isinstance(factor, (int, float)) or (isinstance(factor, Node) and _scalar(factor))
+        return number and isinstance(source, Node) and _always_seen(s, source)
+    if node.target is aten.masked_fill.Scalar:
+        mask = evaluate(s.captured, node.args[1])  # type: ignore[arg-type]
+        open_rows = mask is not None and bool((~mask.bool()).any(-1).all())
+        return open_rows and _always_seen(s, node.args[0])  # type: ignore[arg-type]
+    if node.target is aten.add.Tensor and len(node.args) == 2:
+        bias = evaluate(s.captured, node.args[1]) if isinstance(node.args[1], Node) else None
+        open_rows = bias is not None and bool((bias > LOW).any(-1).all())
+        return open_rows and _always_seen(s, node.args[0])  # type: ignore[arg-type]
+    return False
+
+
+def _scalar(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.ndim == 0
+
+
+def added_mask(s: Splitter, x: Form, mask: Form) -> Form | None:
+    """Scores plus a mask known to ban all of them."""
+    found = known(s, mask)
+    if found is None or not found.is_floating_point() or not found.numel() or isinstance(x, (Blocks, Filled)):
+        return None
+    highest = float(found.max())
+    return Filled(highest, x.shape, next(iter(_nodes(x)))) if highest <= LOW else None
+
+
+@handles("aten.baddbmm.default")
+def baddbmm(s: Splitter, app: Application) -> Form | None:
+    """A product plus a mask."""
+    if app["beta"] != 1 or app["alpha"] != 1 or not isinstance(app["batch2"], Blocks):
+        return None
+    return s.op(aten.add.Tensor, s.op(aten.bmm.default, app["batch1"], app["batch2"]), app["self"])
+
+
+# -- the fused op
+
+
+@handles("aten.scaled_dot_product_attention.default")
+def attention(s: Splitter, app: Application) -> Form | None:
+    """Query blocks each attend to the key blocks they can see."""
+    q, k, v = app.form("query"), app.form("key"), app.form("value")
+    seq = k.ndim - 2
+    cut = isinstance(k, Blocks) and isinstance(v, Blocks) and k.dim == v.dim == seq and k.sizes == v.sizes
+    if not cut or app["dropout_p"] or app["enable_gqa"] or q.ndim != k.ndim:
+        return None
+    assert isinstance(k, Blocks)
+    assert isinstance(v, Blocks)
+    if any(not same_size(a, b) for a, b in zip(q.shape[:-2], k.shape[:-2])):
+        return None
+    sizes = q.sizes if isinstance(q, Blocks) and q.dim == seq else [hint(q.shape[seq])]
+    if not is_static(q.shape[seq]):
+        return None
+    mask = _mask_of(s, app, q, k)
+    if mask is _UNKNOWN:
+        return None
+    parts, start, moved = [], 0, 0
+    plan = []
+    for size in sizes:
+        rows = (start, start + size)
+        seen = _seen(s, mask, rows, k.sizes)
+        if seen is None:
+            return None
+        plan.append((cut_form(s, q, seq, *rows), rows, seen))
+        moved += sum(provenance(k.parts[j]) is not Provenance.IMPRESSION for j in seen)
+        start += size
+    if not moved or not _pays(s, q, k, plan):
+        return None
+    for part, rows, seen in plan:
+        parts.append(_rows(s, app, part, k, v, seen, mask, rows))
+    return parts[0] if len(parts) == 1 else Blocks(seq, tuple(parts))
+
+
+_UNKNOWN = object()
+
+
+def _mask_of(s: Splitter, app: Application, q: Form, k: Form) -> Any:
+    """None, a known tensor [..., Lq, Lk], or a Form known only at run time."""
+    mask = app["attn_mask"]
+    if app["is_causal"]:
+        return torch.ones(hint(q.shape[-2]), hint(k.shape[-2]), dtype=torch.bool).tril() if mask is None else _UNKNOWN
+    if mask is None:
+        return None
+    found = known(s, mask)
+    if found is not None:
+        return found.expand(*found.shape[:-2], q.shape[-2], k.shape[-2]) if found.ndim >= 2 else _UNKNOWN
+    return mask if isinstance(mask, Form) and mask.ndim >= 2 else _UNKNOWN
+
+
+def _seen(s: Splitter, mask: Any, rows: tuple[int, int], sizes: Sequence[int]) -> list[int] | None:
+    """Key blocks the query rows can see. None where some row may see nothing."""
+    if not isinstance(mask, Tensor):
+        return list(range(len(sizes)))
+    visible = mask if mask.dtype == torch.bool else mask > LOW
+    mine = visible[..., rows[0] : rows[1], :]
+    if not bool(mine.any(-1).all()):
+        return None
+    out, start = [], 0
+    for j, size in enumerate(sizes):
+        if bool(mine[..., start : start + size].any()):
+            out.append(j)
+        start += size
+    return out
+
+
+def _pays(s: Splitter, q: Form, k: Blocks, plan: Sequence[tuple[Form, tuple[int, int], list[int]]]) -> bool:
+    price, width = s.price, hint(q.shape[-1])
+    scores = (*q.shape[:-1], k.shape[-2])
+    before = 2 * price.product(scores, width, Provenance.IMPRESSION) + 2 * price.move(k.shape)
+    after = price.start(6)
+    for part, rows, seen in plan:
+        side = max([provenance(part), *(provenance(k.parts[j]) for j in seen)])
+        keys = sum(k.sizes[j] for j in seen)
+        after += 2 * price.product((*q.shape[:-2], rows[1] - rows[0], keys), width, side)
+    where = s.builder.origin.name if s.builder.origin is not None else ""
+    return price.take(f"attention: {len(plan)} query blocks, {len(k.parts)} key blocks", before, after, where)
+
+
+def _rows(
+    s: Splitter, app: Application, q: Form, k: Blocks, v: Blocks, seen: list[int], mask: Any, rows: tuple[int, int]
+) -> Form:
+    """Attention of some query rows to the key blocks they see."""
+    groups: list[list[int]] = []
+    for early in (True, False):
+        mine = [j for j in seen if (provenance(k.parts[j]) is not Provenance.IMPRESSION) == early]
+        groups += [mine] if mine else []
+    columns = {j: (sum(k.sizes[:j]), sum(k.sizes[: j + 1])) for j in seen}
+    order = [j for group in groups for j in group]
+    bias = _cut_mask(s, mask, rows, [columns[j] for j in order])
+    keys = [_side_by_side(s, [k.parts[j] for j in g], k.dim) for g in groups]
+    values = [_side_by_side(s, [v.parts[j] for j in g], v.dim) for g in groups]
+    if len(groups) == 1:
+        whole = app.replaced(query=q, key=keys[0], value=values[0], attn_mask=bias, is_causal=False)
+        return s.plain(whole)
+    return _two_groups(s, app, q, keys, values, bias)
+
+
+def _side_by_side(s: Splitter, forms: Sequence[Form], dim: int) -> Form:
+    return Whole(s.builder.cat([s.builder.whole(f) for f in forms], dim))
+
+
+def _cut_mask(s: Splitter, mask: Any, rows: tuple[int, int], columns: Sequence[tuple[int, int]]) -> Form | None:
+    """The mask of these rows and columns; None where it lets everything through."""
+    if mask is None:
+        return None
+    if isinstance(mask, Tensor):
+        cut = torch.cat([mask[..., rows[0] : rows[1], a:b] for a, b in columns], -1)
+        everything = bool(cut.all()) if cut.dtype == torch.bool else not bool(cut.any())
+        return None if everything else Whole(s.builder.literal(cut))
+    last = mask.ndim - 1
+    if hint(mask.shape[last - 1]) > 1:
+        mask = cut_form(s, mask, last - 1, *rows)
+    if hint(mask.shape[last]) == 1:
+        return mask  # type: ignore[no-any-return]
+    return _side_by_side(s, [cut_form(s, mask, last, a, b) for a, b in columns], last)
+
+
+def _two_groups(
+    s: Splitter, app: Application, q: Form, keys: Sequence[Form], values: Sequence[Form], mask: Form | None
+) -> Form:
+    """Scores of each group, one softmax, a weighted sum of each group."""
+    b = s.builder
+    scale = app["scale"] if app["scale"] is not None else float(hint(q.shape[-1])) ** -0.5
+    scaled = b.call(aten.mul.Tensor, b.whole(q), scale)
+    scores = [b.call(aten.matmul.default, scaled, b.call(aten.transpose.int, b.whole(k), -2, -1)) for k in keys]
+    joined = b.cat(scores, q.ndim - 1)
+    if mask is not None:
+        node = b.whole(mask)
+        if dtype_of(mask) == torch.bool:
+            joined = b.call(aten.masked_fill.Scalar, joined, b.call(aten.logical_not.default, node), float("-inf"))
+        else:
+            joined = b.call(aten.add.Tensor, joined, node)
+    weights = b.call(aten.softmax.int, joined, -1)
+    total: Node | None = None
+    start = 0
+    for value in values:
+        size = hint(value.shape[-2])
+        part = b.call(aten.matmul.default, b.pick(weights, q.ndim - 1, range(start, start + size)), b.whole(value))
+        total = part if total is None else b.call(aten.add.Tensor, total, part)
+        start += size
+    assert total is not None
+    return Whole(total)
