@@ -145,7 +145,7 @@ def dense_to_jagged(call: Call) -> Batching:
     kind = offsets.batching
     if not isinstance(kind, Offsets) or kind != Offsets(kind.lengths):
         raise NotRowWise(_UNKNOWN)
-    return Several((Ragged(kind.lengths), Several((kind,))))
+    return Several((Ragged(kind.lengths), kind))
 
 
 @rule(
@@ -165,7 +165,7 @@ def jagged_with_dense(call: Call) -> Batching:
     for name in call.args:
         if name.startswith("y"):
             _dense(call.operand(name))
-    return Several((kind, Several((Offsets(kind.lengths),))))
+    return Several((kind, Offsets(kind.lengths)))
 
 
 @rule(
