@@ -7,6 +7,7 @@ judged by its distance to the float64 truth, relative to the original's own dist
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -91,8 +92,8 @@ def tolerance(dtype: torch.dtype) -> float:
     return {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}.get(dtype, 0.0)
 
 
-def distance(got: Tensor, want: Tensor) -> float:
-    """The largest difference relative to the scale of `want`; entries that are not finite must agree."""
+def distance(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
+    """The largest difference relative to the scale of `want`, at least `floor`; what is not finite must agree."""
     if not want.numel():
         return 0.0
     if not want.is_floating_point() and not want.is_complex():
@@ -105,7 +106,7 @@ def distance(got: Tensor, want: Tensor) -> float:
     if not bool(finite.any()):
         return 0.0
     gap = (got[finite] - want[finite]).abs().max()
-    return float(gap / want[finite].abs().max().clamp_min(1e-6))
+    return float(gap / want[finite].abs().max().clamp_min(max(floor, 1e-3)))
 
 
 # -- verify
@@ -240,14 +241,20 @@ def check_once(
     problem = compare(found, expected, sum(counts) <= 1, precision)
     if problem is not None:
         return problem
-    limit = max(1e-7, 10 * tolerance(precision))
+    limit, floor = max(1e-7, 10 * tolerance(precision)), noise(want)
     names = [n for n, _ in truth.named_parameters()] + [a.name for a in inputs.atoms]
     for name, a, b in zip(names, got, want, strict=True):
         if (a is None) != (b is None) and not _zero(a if b is None else b):
             return f"the gradient of {name!r} is {'missing' if a is None else 'there'}, unlike the original's"
-        if a is not None and b is not None and distance(_dense(a), _dense(b)) > limit:
-            return f"the gradient of {name!r} is off by {distance(_dense(a), _dense(b)):.2e} of its scale"
+        if a is not None and b is not None and distance(_dense(a), _dense(b), floor) > limit:
+            return f"the gradient of {name!r} is off by {distance(_dense(a), _dense(b), floor):.2e} of its scale"
     return ""
+
+
+def noise(grads: Sequence[Tensor | None]) -> float:
+    """The scale below which a gradient is judged as one that should be 0 (of a bias before a batch norm, say)."""
+    sizes = [float(_dense(g).abs().max()) for g in grads if g is not None and g.numel()]
+    return 1e-3 * max((s for s in sizes if math.isfinite(s)), default=0.0)
 
 
 def _dense(grad: Tensor) -> Tensor:
