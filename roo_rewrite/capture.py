@@ -207,17 +207,17 @@ def _innermost(model: nn.Module, error: BaseException) -> str | None:
     return found
 
 
-class _CustomBackwardError(RuntimeError):
-    """A hook or a backward inside of forward: it would be lost in the trace."""
+class _LostCallError(RuntimeError):
+    """Something inside of forward would be lost in the trace."""
 
 
 @contextlib.contextmanager
-def _no_custom_backward() -> Iterator[None]:
-    """While active, what a trace would lose of the backward raises."""
+def _no_lost_calls() -> Iterator[None]:
+    """While active, what a trace would lose raises: gradients taken or bent inside of forward, seeding."""
 
     def refuse(name: str) -> Callable[..., Any]:
         def refused(*args: Any, **kwargs: Any) -> Any:
-            raise _CustomBackwardError(f"forward calls {name}, which a trace loses")
+            raise _LostCallError(f"forward calls {name}, which a trace loses")
 
         return refused
 
@@ -226,6 +226,8 @@ def _no_custom_backward() -> Iterator[None]:
         (torch.Tensor, "backward"),
         (torch.autograd, "grad"),
         (torch.autograd, "backward"),
+        (torch, "manual_seed"),
+        (torch.random, "manual_seed"),
     ]
     saved = [getattr(owner, name) for owner, name in places]
     for owner, name in places:
@@ -253,7 +255,7 @@ def _export(
             random_kept(),
             torch.enable_grad(),
             warnings.catch_warnings(),
-            _no_custom_backward(),
+            _no_lost_calls(),
             opaque(model, leaves, sites),
             looked_up(model, leaves, sites),
         ):

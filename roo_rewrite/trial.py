@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from roo_rewrite.equivalence import Batch, compare, distance, draw_batch, tolerance
+from roo_rewrite.calls import without_empty
+from roo_rewrite.capture import Captured
+from roo_rewrite.equivalence import Batch, compare, distance, draw_batch, noise, tolerance
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import tensors_of
@@ -29,6 +31,7 @@ class Trial:
         assert program.captured is not None
         self.truth, self.other = twin(original), twin(original)
         self.program, self.inputs, self.statics = program, inputs, statics
+        self.precision = _precision(program.captured)
         self.other.add_module("_roo", nn.Module())
         self.other.get_submodule("_roo").add_module(name, holder(self.other, program.captured))
 
@@ -62,7 +65,8 @@ class Trial:
     def _program(self, batch: Batch) -> list[Tensor]:
         assert self.program.emitted is not None
         torch.manual_seed(0)
-        return tensors_of(self.program.emitted.whole(self.other, *batch.atoms, batch.counts))
+        atoms, counts = without_empty(self.inputs, batch.atoms, batch.counts)
+        return tensors_of(self.program.emitted.whole(self.other, *atoms, counts))
 
     def _differ(self, batch: Batch, gradients: bool) -> str | None:
         batch = Batch([t.requires_grad_(gradients and t.is_floating_point()) for t in batch.atoms], batch.counts)
@@ -76,7 +80,7 @@ class Trial:
             except Exception as e:
                 return f"the rewritten model fails: {type(e).__name__}: {e}"
         return (
-            compare([t.detach() for t in found], [t.detach() for t in expected])
+            compare([t.detach() for t in found], [t.detach() for t in expected], precision=self.precision)
             or self._buffers()
             or (self._gradients(batch, found, expected) if gradients else None)
         )
@@ -84,7 +88,7 @@ class Trial:
     def _buffers(self) -> str | None:
         others = dict(self.other.named_buffers())
         for name, want in self.truth.named_buffers():
-            if distance(others[name], want) > tolerance(want.dtype):
+            if distance(others[name], want) > max(tolerance(want.dtype), tolerance(self.precision)):
                 return f"buffer {name!r} is left with other contents"
         return None
 
@@ -98,9 +102,15 @@ class Trial:
             return None
         for (name, wrt), got, want in zip(named, _backward(found, wanted), truth):
             got, want = (torch.zeros_like(wrt) if g is None else g.to_dense() for g in (got, want))
-            if distance(got, want) > max(1e-6, 50 * tolerance(wrt.dtype)):
+            if distance(got, want, noise(truth)) > max(1e-6, 50 * tolerance(wrt.dtype), 10 * tolerance(self.precision)):
                 return f"the gradient of {name!r} is off"
         return None
+
+
+def _precision(captured: Captured) -> torch.dtype:
+    """The lowest floating point precision of the trace."""
+    values = (n.meta.get("val") for n in captured.graph.nodes)
+    return max({torch.float64, *(v.dtype for v in values if isinstance(v, Tensor))}, key=tolerance)
 
 
 def _backward(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None]:

@@ -322,7 +322,7 @@ class IntegerModel(nn.Module):
 
 
 class BooleanModel(nn.Module):
-    hoists = True
+    hoists = False
 
     def forward(self, u_mask: Tensor, x_flag: Tensor) -> Tensor:
         return u_mask.any(1) & x_flag | u_mask.all(1)
@@ -330,6 +330,7 @@ class BooleanModel(nn.Module):
 
 class MixedPrecision(Plain):
     hoists = True
+    tolerance = 1e-5
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
         h = self.user(u).float()
@@ -338,10 +339,11 @@ class MixedPrecision(Plain):
 
 class InsideAutocast(Plain):
     hoists = True
+    tolerance = 0.2
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            h = self.a(u.float())
+            h = torch.nn.functional.linear(u.float(), self.a.weight.float())
         return self.mix(h.double(), x)
 
 
