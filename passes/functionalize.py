@@ -251,7 +251,8 @@ def _unsplit(graph: Graph, view: Node, new: Node, split: Node) -> Node | None:
     if split.target not in _SPLITS:
         return None
     x, index = split.args[0], view.args[1]
-    assert isinstance(x, Node) and isinstance(index, int)
+    assert isinstance(x, Node)
+    assert isinstance(index, int)
     if split.target is aten.unbind.int:
         dim = split.args[1] if len(split.args) > 1 else 0
         return _call(graph, aten.select_scatter.default, (x, new, dim, index), {}, x)

@@ -92,10 +92,10 @@ class _Hoist:
 
     # -- the request side
 
-    def _request(self, node: Node) -> Node:
+    def _request(self, node: Node) -> Any:
         """The node at R rows; constants and sizes are made on demand."""
         if node in self.at_request:
-            return self.at_request[node]  # type: ignore[no-any-return]
+            return self.at_request[node]
         if isinstance(annotation(node).batching, Size):
             return self._size(node, Provenance.REQUEST)
         if node.target is getattr:
@@ -236,7 +236,19 @@ class _Hoist:
 
 def _computable(expr: sympy.Expr) -> bool:
     """Whether `_emit_new` can write this size."""
-    known = {"Symbol", "Integer", "Zero", "One", "NegativeOne", "Add", "Mul", "FloorDiv", "CleanDiv", "Mod", "PythonMod"}
+    known = {
+        "Symbol",
+        "Integer",
+        "Zero",
+        "One",
+        "NegativeOne",
+        "Add",
+        "Mul",
+        "FloorDiv",
+        "CleanDiv",
+        "Mod",
+        "PythonMod",
+    }
     for part in sympy.preorder_traversal(expr):
         name = type(part).__name__
         power = name == "Pow" and part.args[1].is_Integer and part.args[1] > 0

@@ -74,7 +74,7 @@ def like(example: Tensor, given: Tensor) -> Tensor:
 
 
 def expanded_example(inputs: Inputs, atoms: Sequence[Tensor], counts: Tensor, rows: int) -> list[Tensor] | None:
-    """The first `rows` impressions of a request-level batch as an impression-level example; None where there are none."""
+    """The first `rows` impressions of a request-level batch, at impression level; None where there are none."""
     requests = torch.repeat_interleave(counts)[:rows]
     if not requests.numel():
         return None

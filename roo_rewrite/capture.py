@@ -8,13 +8,11 @@ kept: a batch outside them is run by the original.
 from __future__ import annotations
 
 import contextlib
-import enum
 import io
 import logging
-import re
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +28,9 @@ from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
+from roo_rewrite.outputs import COMPUTED, COMPUTED_VALUE, flatten_output, unflatten_output
 from roo_rewrite.purity import random_kept, twin, untraceable
+from roo_rewrite.tracing import assignments_allowed, brief, innermost, no_lost_calls
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
 _BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
@@ -60,6 +60,10 @@ class Captured:
     notes: list[str] = field(default_factory=list)
     assumed: dict[str, Tensor] = field(default_factory=dict)
 
+    def returned(self, tensors: Sequence[Tensor]) -> Any:
+        """The flat outputs of the graph in the structure of the original's."""
+        return unflatten_output(self.out_values, self.out_tree, tensors)
+
     def expr(self, size: int | torch.SymInt) -> sympy.Expr:
         """A size in terms of `BATCH`."""
         if isinstance(size, torch.SymInt):
@@ -76,47 +80,12 @@ class _Adapter(nn.Module):
         self.__dict__["_call"] = (inputs, statics)
         self.__dict__["_out"] = None
 
-    def forward(self, *atoms: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *atoms: Tensor) -> tuple[Any, ...]:
         inputs, statics = self.__dict__["_call"]
         args, kwargs = inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
         values, tree = flatten_output(self.model(*args, **kwargs))
-        self.__dict__["_out"] = ([v if not isinstance(v, _COMPUTED) else _TENSOR for v in values], tree)
-        return tuple(v for v in values if isinstance(v, _COMPUTED))
-
-
-class _Tensor:
-    def __repr__(self) -> str:
-        return "<tensor>"
-
-
-_TENSOR = _Tensor()
-_COMPUTED = (Tensor, torch.SymInt)
-_KEPT = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, enum.Enum)
-
-
-def flatten_output(out: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    """A model's output as leaves; dataclasses and the like that torch does not know are registered.
-
-    Raises CaptureError for an object that may hold tensors nobody can see.
-    """
-    for _ in range(8):
-        values, tree = pytree.tree_flatten(out)
-        unknown = {type(v) for v in values if hasattr(type(v), "__dataclass_fields__")}
-        if not unknown:
-            break
-        for kind in unknown:
-            torch.export.register_dataclass(kind)
-    strange = next((v for v in values if not isinstance(v, (*_COMPUTED, *_KEPT))), None)
-    if strange is not None:
-        raise CaptureError(f"forward returns a {type(strange).__name__}, which is no tensor and no plain value")
-    return values, tree
-
-
-def unflatten_output(captured: Captured, tensors: Sequence[Tensor]) -> Any:
-    """The flat outputs of the graph in the structure of the original's."""
-    stock = iter(tensors)
-    values = [next(stock) if v is _TENSOR else v for v in captured.out_values]
-    return pytree.tree_unflatten(values, captured.out_tree)
+        self.__dict__["_out"] = ([v if not isinstance(v, COMPUTED) else COMPUTED_VALUE for v in values], tree)
+        return tuple(v for v in values if isinstance(v, COMPUTED))
 
 
 def trace_batch(model: nn.Module, atoms: Sequence[Tensor]) -> int:
@@ -156,11 +125,11 @@ def capture(
         except CaptureError:
             raise
         except Exception as e:  # whatever user code raises while it is traced
-            path = _innermost(copied, e)
+            path = innermost(copied, e)
             if not path or path in chosen:
-                raise CaptureError(f"the model cannot be traced: {_brief(e)}") from e
+                raise CaptureError(f"the model cannot be traced: {brief(e)}") from e
             chosen = [p for p in chosen if not p.startswith(f"{path}.")] + [path]
-            notes.append(f"module {path!r} is kept as an opaque leaf: {_brief(e)}")
+            notes.append(f"module {path!r} is kept as an opaque leaf: {brief(e)}")
             continue
         captured.notes = notes
         return captured
@@ -182,61 +151,9 @@ def _pure(model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequ
     except CaptureError:
         raise
     except Exception as e:
-        raise CaptureError(f"the model fails on {rows} rows: {_brief(e)}") from e
+        raise CaptureError(f"the model fails on {rows} rows: {brief(e)}") from e
     if reason is not None:
         raise CaptureError(reason)
-
-
-def _brief(e: BaseException) -> str:
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    text = re.sub(r"\s+", " ", lines[0]) if lines else type(e).__name__
-    return f"{type(e).__name__}: {text[:200]}"
-
-
-def _innermost(model: nn.Module, error: BaseException) -> str | None:
-    """Path of the innermost submodule whose forward the error passed through."""
-    paths = {id(m): p for p, m in model.named_modules()}
-    found: str | None = None
-    trace = error.__traceback__
-    while trace is not None:
-        path = paths.get(id(trace.tb_frame.f_locals.get("self")))
-        found = path if path is not None else found
-        trace = trace.tb_next
-    if found is not None and isinstance(model.get_submodule(found), (nn.ModuleList, nn.ModuleDict)):
-        return None
-    return found
-
-
-class _LostCallError(RuntimeError):
-    """Something inside of forward would be lost in the trace."""
-
-
-@contextlib.contextmanager
-def _no_lost_calls() -> Iterator[None]:
-    """While active, what a trace would lose raises: gradients taken or bent inside of forward, seeding."""
-
-    def refuse(name: str) -> Callable[..., Any]:
-        def refused(*args: Any, **kwargs: Any) -> Any:
-            raise _LostCallError(f"forward calls {name}, which a trace loses")
-
-        return refused
-
-    places: list[tuple[Any, str]] = [
-        (torch.Tensor, "register_hook"),
-        (torch.Tensor, "backward"),
-        (torch.autograd, "grad"),
-        (torch.autograd, "backward"),
-        (torch, "manual_seed"),
-        (torch.random, "manual_seed"),
-    ]
-    saved = [getattr(owner, name) for owner, name in places]
-    for owner, name in places:
-        setattr(owner, name, refuse(name))
-    try:
-        yield
-    finally:
-        for (owner, name), original in zip(places, saved):
-            setattr(owner, name, original)
 
 
 def _export(
@@ -255,13 +172,13 @@ def _export(
             random_kept(),
             torch.enable_grad(),
             warnings.catch_warnings(),
-            _no_lost_calls(),
+            no_lost_calls(),
             opaque(model, leaves, sites),
             looked_up(model, leaves, sites),
         ):
             warnings.simplefilter("ignore")
             with (
-                _assignments_allowed(),
+                assignments_allowed(),
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
             ):
@@ -285,19 +202,6 @@ def _export(
         sites,
         tuple(leaves),
     )
-
-
-@contextlib.contextmanager
-def _assignments_allowed() -> Iterator[None]:
-    """Models often keep an intermediate for inspection (`self.attn = a`); export alone forbids it."""
-    from torch.export import _trace
-
-    original = _trace._detect_attribute_assignment
-    _trace._detect_attribute_assignment = lambda *a, **k: contextlib.nullcontext()  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        _trace._detect_attribute_assignment = original
 
 
 def _observe(

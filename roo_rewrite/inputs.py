@@ -1,13 +1,4 @@
-"""The calling convention: how `(args, kwargs)` fall apart into tensors with rows, and back.
-
-A model is called with nested arguments. Each leaf becomes one or more *atoms*, plain tensors that lie
-wholly on one side:
-
-    leaf                        atoms
-    tensor                      itself
-    packed columns [B, F]       x.request [B, Fr], x.impression [B, Fi]
-    KeyedJaggedTensor           per key: f.key.values, f.key.lengths (and f.key.weights)
-    anything else               none; kept as it is
+"""The calling convention: how `(args, kwargs)` fall apart into atoms (see `atoms`), and back.
 
 An impression-level call has I rows everywhere. A request-level call takes the same arguments with R
 rows on the request side; packed columns and KeyedJaggedTensors become a pair (request, impression).
@@ -15,206 +6,55 @@ rows on the request side; packed columns and KeyedJaggedTensors become a pair (r
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from roo_rewrite.atoms import (
+    Atom,
+    Columns,
+    Dense,
+    Keyed,
+    Kind,
+    Leaf,
+    Static,
+    as_kind,
+    atoms_rows,
+    has_rows,
+    lengths_of,
+    shown,
+)
 from roo_rewrite.errors import InputError, SpecError
 from roo_rewrite.facts import Provenance
-from roo_rewrite.features import FeatureSpec, Range, matches
-from roo_rewrite.kjt import is_kjt as is_kjt
-from roo_rewrite.kjt import join
-from roo_rewrite.ops.ragged import offsets_of, select_ragged
+from roo_rewrite.features import FeatureSpec, matches
+from roo_rewrite.kjt import is_kjt
+from roo_rewrite.ops.ragged import select_ragged
+from roo_rewrite.parameters import Parameters, Path, follow, parameters_of
 
-Kind = Literal["dense", "shared", "values", "lengths", "offsets", "offsets_total"]
-
-
-@dataclass(frozen=True)
-class Atom:
-    """One tensor of the flattened call. `rows_in` names the lengths or offsets of a `values` atom."""
-
-    name: str
-    provenance: Provenance
-    kind: Kind = "dense"
-    rows_in: str = ""
-
-
-class Leaf:
-    """One leaf of `(args, kwargs)`: its atoms, and the way there and back at both levels."""
-
-    name: str
-    atoms: tuple[Atom, ...]
-
-    def from_impression(self, value: Any) -> list[Tensor]:
-        """The leaf of an impression-level call -> its atoms."""
-        raise NotImplementedError
-
-    def to_impression(self, atoms: Sequence[Tensor]) -> Any:
-        """Inverse of `from_impression`; traced as part of the model."""
-        raise NotImplementedError
-
-    def from_request(self, value: Any) -> list[Tensor]:
-        """The leaf of a request-level call -> its atoms."""
-        return self.from_impression(value)
-
-    def to_request(self, atoms: Sequence[Tensor]) -> Any:
-        """Inverse of `from_request`."""
-        return self.to_impression(atoms)
-
-    def from_side(self, value: Any, side: Provenance) -> list[Tensor]:
-        """The atoms of one side, from a request-level leaf or from that side's part alone."""
-        return [t for a, t in zip(self.atoms, self.from_request(value)) if a.provenance is side]
-
-
-@dataclass(frozen=True)
-class Static(Leaf):
-    """Not a tensor: part of the program, not of the batch."""
-
-    name: str
-    value: Any
-    atoms: tuple[Atom, ...] = ()
-
-    def from_impression(self, value: Any) -> list[Tensor]:
-        return []
-
-    def to_impression(self, atoms: Sequence[Tensor]) -> Any:
-        return self.value
-
-
-@dataclass(frozen=True)
-class Dense(Leaf):
-    """A tensor with its rows in dim 0, or one half of a jagged pair."""
-
-    name: str
-    atoms: tuple[Atom, ...]
-
-    def from_impression(self, value: Any) -> list[Tensor]:
-        if not isinstance(value, Tensor):
-            raise InputError(f"input {self.name!r} must be a tensor, got {type(value).__name__}")
-        return [value]
-
-    def to_impression(self, atoms: Sequence[Tensor]) -> Any:
-        return atoms[0]
-
-
-@dataclass(frozen=True)
-class Columns(Leaf):
-    """A packed `[B, F]` tensor whose columns belong to both sides."""
-
-    name: str
-    atoms: tuple[Atom, ...]
-    request: tuple[Range, ...]
-    width: int
-
-    def _pieces(self) -> list[tuple[bool, Range]]:
-        """All columns in order, as (is request, range)."""
-        edges = sorted({0, self.width, *(e for r in self.request for e in r)})
-        return [((a, b) in self.request, (a, b)) for a, b in zip(edges, edges[1:])]
-
-    def from_impression(self, value: Any) -> list[Tensor]:
-        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != self.width:
-            raise InputError(f"input {self.name!r} must be a tensor [rows, {self.width}], got {_what(value)}")
-        sides = []
-        for wanted in (True, False):
-            parts = [value[:, a:b] for is_request, (a, b) in self._pieces() if is_request is wanted]
-            sides.append(torch.cat(parts, 1) if parts else value[:, :0])
-        return sides
-
-    def to_impression(self, atoms: Sequence[Tensor]) -> Any:
-        taken = {True: 0, False: 0}
-        parts = []
-        for is_request, (a, b) in self._pieces():
-            start = taken[is_request]
-            taken[is_request] = start + b - a
-            parts.append(atoms[0 if is_request else 1][:, start : start + b - a])
-        return torch.cat(parts, 1)
-
-    def from_request(self, value: Any) -> list[Tensor]:
-        if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(isinstance(v, Tensor) for v in value):
-            raise InputError(
-                f"input {self.name!r} holds columns of both sides: pass the pair "
-                "(x_request [R, .], x_impression [I, .])"
-            )
-        widths = [sum(b - a for is_request, (a, b) in self._pieces() if is_request is side) for side in (True, False)]
-        for side, part, width in zip(("request", "impression"), value, widths):
-            if part.ndim < 2 or part.shape[1] != width:
-                raise InputError(f"{side} part of input {self.name!r} must be [rows, {width}], got {_what(part)}")
-        return list(value)
-
-    def to_request(self, atoms: Sequence[Tensor]) -> Any:
-        return (atoms[0], atoms[1])
-
-    def from_side(self, value: Any, side: Provenance) -> list[Tensor]:
-        return [value] if isinstance(value, Tensor) else super().from_side(value, side)
-
-
-@dataclass(frozen=True)
-class Keyed(Leaf):
-    """A TorchRec `KeyedJaggedTensor`: one jagged pair per key, each key on one side."""
-
-    name: str
-    atoms: tuple[Atom, ...]
-    keys: tuple[str, ...]
-    sides: tuple[Provenance, ...]
-    weighted: bool
-
-    @property
-    def _step(self) -> int:
-        return 3 if self.weighted else 2
-
-    def from_impression(self, value: Any) -> list[Tensor]:
-        if not is_kjt(value) or list(value.keys()) != list(self.keys):
-            raise InputError(f"input {self.name!r} must be a KeyedJaggedTensor with keys {list(self.keys)}")
-        return self._split(value)
-
-    def _split(self, kjt: Any) -> list[Tensor]:
-        parts = []
-        for jagged in (kjt[key] for key in kjt.keys()):
-            parts += [jagged.values(), jagged.lengths()]
-            parts += [jagged.weights()] if self.weighted else []
-        return parts
-
-    def to_impression(self, atoms: Sequence[Tensor]) -> Any:
-        return join(self.keys, atoms, self.weighted, self.sides)
-
-    def _side(self, side: Provenance) -> list[int]:
-        return [i for i, s in enumerate(self.sides) if s is side]
-
-    def from_request(self, value: Any) -> list[Tensor]:
-        if len(set(self.sides)) == 1:
-            return self.from_impression(value)
-        wanted = [[self.keys[i] for i in self._side(s)] for s in (Provenance.REQUEST, Provenance.IMPRESSION)]
-        good = isinstance(value, (tuple, list)) and len(value) == 2 and all(is_kjt(v) for v in value)
-        if not good or [list(v.keys()) for v in value] != wanted:
-            raise InputError(
-                f"input {self.name!r} holds keys of both sides: pass a pair of KeyedJaggedTensors with keys "
-                f"{wanted[0]} (request rows) and {wanted[1]} (impression rows)"
-            )
-        parts: list[Tensor] = []
-        pieces = [self._split(v) for v in value]
-        for side in self.sides:
-            piece = pieces[0 if side is Provenance.REQUEST else 1]
-            parts += [piece.pop(0) for _ in range(self._step)]
-        return parts
-
-    def to_request(self, atoms: Sequence[Tensor]) -> Any:
-        if len(set(self.sides)) == 1:
-            return self.to_impression(atoms)
-        pair = []
-        for side in (Provenance.REQUEST, Provenance.IMPRESSION):
-            chosen = self._side(side)
-            flat = [atoms[i * self._step + j] for i in chosen for j in range(self._step)]
-            pair.append(join([self.keys[i] for i in chosen], flat, self.weighted, [side] * len(chosen)))
-        return tuple(pair)
-
-
-def _what(value: Any) -> str:
-    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+__all__ = [
+    "Atom",
+    "Columns",
+    "Dense",
+    "Inputs",
+    "Keyed",
+    "Leaf",
+    "Parameters",
+    "Path",
+    "Static",
+    "as_kind",
+    "atoms_rows",
+    "bind_inputs",
+    "follow",
+    "has_rows",
+    "is_kjt",
+    "lengths_of",
+    "parameters_of",
+    "register_dataclasses",
+]
 
 
 @dataclass(frozen=True)
@@ -244,12 +84,17 @@ class Inputs:
         given = self.parameters.bind(args, kwargs)
         atoms: list[Tensor] = []
         statics: list[Any] = []
+        seen = 0
         for leaf, path in zip(self.leaves, self.paths):
             value = follow(given, path, leaf.name)
+            seen += len(pytree.tree_leaves(value, is_leaf=is_kjt))
             if isinstance(leaf, Static):
-                statics.append(value)
+                statics.append(leaf.checked(value))
             else:
                 atoms += leaf.from_request(value) if request else leaf.from_impression(value)
+        held = len(pytree.tree_leaves(given, is_leaf=is_kjt))
+        if held != seen:
+            raise InputError(f"the call holds {held - seen} values that the example does not have; rewrite with them")
         return atoms, statics
 
     def flatten_side(self, args: Sequence[Any], kwargs: Mapping[str, Any], side: Provenance) -> list[Tensor]:
@@ -315,89 +160,6 @@ class Inputs:
 
     def _atom(self, name: str) -> Atom:
         return next(a for a in self.atoms if a.name == name)
-
-
-def has_rows(atom: Atom) -> bool:
-    """Whether the atom's own first dim counts rows."""
-    return atom.kind not in ("shared", "values")
-
-
-def atoms_rows(atom: Atom, tensor: Tensor) -> int:
-    """How many rows `tensor` stands for."""
-    return int(tensor.shape[0]) - (atom.kind == "offsets_total")
-
-
-def lengths_of(keeper: Atom, tensor: Tensor, values: Tensor) -> Tensor:
-    """The lengths `[B]` a lengths or offsets atom stands for."""
-    if keeper.kind == "lengths":
-        return tensor
-    if keeper.kind == "offsets":
-        tensor = torch.cat([tensor, tensor.new_full((1,), values.shape[0])])
-    return tensor.diff()
-
-
-def as_kind(kind: Kind, lengths: Tensor, dtype: torch.dtype) -> Tensor:
-    """`lengths` written as lengths or offsets."""
-    if kind == "lengths":
-        return lengths.to(dtype)
-    offsets = offsets_of(lengths).to(dtype)
-    return offsets[:-1] if kind == "offsets" else offsets
-
-
-Path = tuple[tuple[str, Any], ...]
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """The parameters of `forward`: names of the positional ones, of `*args`, and those the example gave."""
-
-    names: tuple[str, ...]
-    rest: str
-    roots: tuple[str, ...] = ()
-
-    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any], partial: bool = False) -> dict[str, Any]:
-        """Values by parameter. Raises InputError for too many positional or for doubly given ones."""
-        given = dict(zip(self.names, args))
-        if len(args) > len(self.names):
-            if not self.rest:
-                raise InputError(f"{len(args)} positional arguments given; the parameters are {list(self.names)}")
-            given[self.rest] = tuple(args[len(self.names) :])
-        for name, value in kwargs.items():
-            if name in given:
-                raise InputError(f"argument {name!r} is given twice, by place and by name")
-            given[name] = value
-        extra = [name for name in given if name not in self.roots]
-        if extra and not partial:
-            raise InputError(f"arguments {extra} are not in the example; its arguments are {list(self.roots)}")
-        return given
-
-
-def follow(given: Mapping[str, Any], path: Path, name: str) -> Any:
-    """The value at `path`. Raises InputError where the call lacks it."""
-    value: Any = given
-    try:
-        for kind, key in path:
-            value = getattr(value, key) if kind == "attribute" else value[key]
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise InputError(f"the call lacks input {name!r}, which the example has") from None
-    return value
-
-
-def parameters_of(forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Parameters:
-    """The parameters of `forward` as this example gives them. Raises InputError where it does not fit."""
-    try:
-        signature = inspect.signature(forward)
-        bound = signature.bind(*args, **kwargs)
-    except ValueError:
-        return Parameters((), "args", ("args", *kwargs))
-    except TypeError as e:
-        raise InputError(f"the example does not fit forward: {e}") from e
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    names = tuple(p.name for p in signature.parameters.values() if p.kind in positional)
-    rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_POSITIONAL), "")
-    open_ended = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    roots = [n for n in bound.arguments if n != open_ended]
-    return Parameters(names, rest, (*roots, *bound.arguments.get(open_ended or "", ())))
 
 
 def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -494,12 +256,14 @@ def _leaf(
 ) -> Leaf:
     if is_kjt(value):
         return _keyed(name, value, sides)
+    if hasattr(value, "__array_interface__") and not isinstance(value, Tensor) and len(getattr(value, "shape", ())):
+        raise SpecError(f"input {name!r} is a {type(value).__name__}; give tensors, only they have rows")
     if not isinstance(value, Tensor):
         return Static(name, value)
     column_key = spec.column_key(name, features)
     if column_key is not None:
         if value.ndim < 2:
-            raise SpecError(f"columns of {name!r}: it must be a tensor [rows, columns], got {_what(value)}")
+            raise SpecError(f"columns of {name!r}: it must be a tensor [rows, columns], got {shown(value)}")
         parts = (Atom(f"{name}.request", Provenance.REQUEST), Atom(f"{name}.impression", Provenance.IMPRESSION))
         return Columns(name, parts, spec.request_columns(column_key, value.shape[1]), value.shape[1])
     kind, keeper = pairs.get(name, ("shared" if value.ndim == 0 else "dense", ""))

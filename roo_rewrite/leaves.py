@@ -136,7 +136,7 @@ def intercepted(model: nn.Module, paths: Sequence[str], handle: Handle) -> Itera
         return guarded("", cls, real, args, kwargs)
 
     modules = {p: model.get_submodule(p) for p in paths}
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment,arg-type]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
     try:
         for path, module in modules.items():
             module.__dict__["_compiled_call_impl"] = lambda *a, _p=path, _m=module, **k: guarded(

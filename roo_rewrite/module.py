@@ -21,7 +21,6 @@ from roo_rewrite.calls import (
     like,
     without_empty,
 )
-from roo_rewrite.capture import unflatten_output
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import request_of
@@ -112,6 +111,7 @@ class RequestModel(nn.Module):
 
     def forward(self, *args: Any, num_impressions: Tensor | None = None, **kwargs: Any) -> Any:
         """Scores of all impressions. Raises InputError where the arguments do not form a batch."""
+        atoms: Sequence[Tensor]
         atoms, statics = self._inputs.flatten(args, kwargs, Provenance.REQUEST)
         counts: Any = num_impressions
         if torch.compiler.is_compiling():
@@ -125,7 +125,7 @@ class RequestModel(nn.Module):
             atoms, counts = without_empty(self._inputs, atoms, counts)
         if program.emitted is None or program.captured is None:
             return self._broadcast_first(atoms, statics, counts)
-        return unflatten_output(program.captured, program.emitted.whole(self, *atoms, counts))
+        return program.captured.returned(program.emitted.whole(self, *atoms, counts))
 
     def request_part(self, *args: Any, num_impressions: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Request inputs -> the values that cross to the impressions, by name, R rows each.
@@ -157,7 +157,7 @@ class RequestModel(nn.Module):
         if atoms:
             check_counts(counts, len(counts), rows)
         outputs = program.emitted.impression(self, *(user[n] for n in program.emitted.residuals), *atoms, counts)
-        return unflatten_output(program.captured, outputs)
+        return program.captured.returned(outputs)
 
     def _side(self, side: Provenance) -> list[Any]:
         return [a for a in self._inputs.atoms if a.provenance is side]

@@ -135,7 +135,8 @@ class _Law:
 def _gather(tensor: Tensor, batching: Batching, rows: Tensor, batch: int) -> Tensor:
     if not isinstance(batching, Rows):
         return tensor
-    split = tensor.unflatten(batching.dim, (batching.outer, batch, batching.inner))
+    dim = batching.dim
+    split = tensor.reshape(*tensor.shape[:dim], batching.outer, batch, batching.inner, *tensor.shape[dim + 1 :])
     return split.index_select(batching.dim + 1, rows).flatten(batching.dim, batching.dim + 2)
 
 

@@ -22,7 +22,8 @@ class LeafCall(nn.Module):
 
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         root, site = self.__dict__["_target"]
-        return site.call(root, tensors)
+        made: list[Tensor] = site.call(root, tensors)
+        return made
 
 
 @dataclass

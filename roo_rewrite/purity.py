@@ -32,7 +32,9 @@ def twin(model: nn.Module) -> nn.Module:
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     values = [v for m in model.modules() for v in vars(m).values()]
-    inner = [w for v in values if isinstance(v, (list, tuple, dict)) for w in (v.values() if isinstance(v, dict) else v)]
+    inner = [
+        w for v in values if isinstance(v, (list, tuple, dict)) for w in (v.values() if isinstance(v, dict) else v)
+    ]
     memo.update({id(t): t for t in (*values, *inner) if isinstance(t, Tensor) and not t.is_leaf})  # torch cannot
     try:
         with warnings.catch_warnings():

@@ -93,7 +93,9 @@ class Trial:
         return None
 
     def _gradients(self, batch: Batch, found: list[Tensor], expected: list[Tensor]) -> str | None:
-        named: list[tuple[str, Tensor]] = [(n, p) for n, p in self.truth.named_parameters() if p.requires_grad and p.numel() < _LARGE]
+        named: list[tuple[str, Tensor]] = [
+            (n, p) for n, p in self.truth.named_parameters() if p.requires_grad and p.numel() < _LARGE
+        ]
         named += [(a.name, t) for a, t in zip(self.inputs.atoms, batch.atoms) if t.requires_grad]
         wanted = [t for _, t in named]
         try:

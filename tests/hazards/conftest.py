@@ -61,17 +61,13 @@ def draw(names: list[str], requests: int, impressions: int) -> dict[str, Tensor]
 
 
 def spec_of(names: list[str]) -> roo.FeatureSpec:
-    return roo.FeatureSpec(
-        request=[n for n in names if n[0] == "u"], impression=[n for n in names if n[0] == "x"]
-    )
+    return roo.FeatureSpec(request=[n for n in names if n[0] == "u"], impression=[n for n in names if n[0] == "x"])
 
 
 def expand(batch: dict[str, Tensor], counts: list[int]) -> dict[str, Tensor]:
     """F(E U): the row of its request for every impression, one after the other."""
     rows = [r for r, count in enumerate(counts) for _ in range(count)]
-    return {
-        n: (torch.stack([t[r] for r in rows]) if rows else t[:0]) if n[0] == "u" else t for n, t in batch.items()
-    }
+    return {n: (torch.stack([t[r] for r in rows]) if rows else t[:0]) if n[0] == "u" else t for n, t in batch.items()}
 
 
 def leaves(tree: Any) -> list[Any]:
@@ -103,7 +99,9 @@ def close(got: Any, want: Any, what: str, relative: float = 1e-8) -> None:
     assert got.shape == want.shape, f"{what}: {list(got.shape)} is not {list(want.shape)}"
     assert got.dtype == want.dtype, f"{what}: {got.dtype} is not {want.dtype}"
     scale = float(want.abs().nan_to_num(0, 0, 0).max()) if want.numel() and want.is_floating_point() else 1.0
-    torch.testing.assert_close(got, want, rtol=relative, atol=relative * max(scale, 1e-3) / 10, equal_nan=True, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        got, want, rtol=relative, atol=relative * max(scale, 1e-3) / 10, equal_nan=True, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def run(model: nn.Module, call: Callable[[], Any], wrt: list[Tensor], seed: int) -> tuple[list[Any], list[Any]]:

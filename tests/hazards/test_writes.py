@@ -318,7 +318,9 @@ class ScattersIntoRow(nn.Module):
         self.a = nn.Linear(6, 4)
 
     def forward(self, u_ids: Tensor, x: Tensor) -> Tensor:
-        bag = torch.zeros(u_ids.shape[0], 6, dtype=x.dtype).scatter_add_(1, u_ids, torch.ones_like(u_ids, dtype=x.dtype))
+        bag = torch.zeros(u_ids.shape[0], 6, dtype=x.dtype).scatter_add_(
+            1, u_ids, torch.ones_like(u_ids, dtype=x.dtype)
+        )
         return (torch.tanh(self.a(bag)) * x).sum(-1)
 
 

@@ -1,0 +1,76 @@
+"""Around a trace: what must not happen in it, and whose fault an error was."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def brief(e: BaseException) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    text = re.sub(r"\s+", " ", lines[0]) if lines else type(e).__name__
+    return f"{type(e).__name__}: {text[:200]}"
+
+
+def innermost(model: nn.Module, error: BaseException) -> str | None:
+    """Path of the innermost submodule whose forward the error passed through."""
+    paths = {id(m): p for p, m in model.named_modules()}
+    found: str | None = None
+    trace = error.__traceback__
+    while trace is not None:
+        path = paths.get(id(trace.tb_frame.f_locals.get("self")))
+        found = path if path is not None else found
+        trace = trace.tb_next
+    if found is not None and isinstance(model.get_submodule(found), (nn.ModuleList, nn.ModuleDict)):
+        return None
+    return found
+
+
+class _LostCallError(RuntimeError):
+    """Something inside of forward would be lost in the trace."""
+
+
+@contextlib.contextmanager
+def no_lost_calls() -> Iterator[None]:
+    """While active, what a trace would lose raises: gradients taken or bent inside of forward, seeding."""
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            raise _LostCallError(f"forward calls {name}, which a trace loses")
+
+        return refused
+
+    places: list[tuple[Any, str]] = [
+        (torch.Tensor, "register_hook"),
+        (torch.Tensor, "backward"),
+        (torch.autograd, "grad"),
+        (torch.autograd, "backward"),
+        (torch, "manual_seed"),
+        (torch.random, "manual_seed"),
+    ]
+    saved = [getattr(owner, name) for owner, name in places]
+    for owner, name in places:
+        setattr(owner, name, refuse(name))
+    try:
+        yield
+    finally:
+        for (owner, name), original in zip(places, saved):
+            setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def assignments_allowed() -> Iterator[None]:
+    """Models often keep an intermediate for inspection (`self.attn = a`); export alone forbids it."""
+    _trace: Any = importlib.import_module("torch.export._trace")
+    original = _trace._detect_attribute_assignment
+    _trace._detect_attribute_assignment = lambda *a, **k: contextlib.nullcontext()
+    try:
+        yield
+    finally:
+        _trace._detect_attribute_assignment = original
