@@ -45,7 +45,7 @@ def test_both_engines_agree(engine, small_log, spec, write, tmp_path, same_bits,
     tables[1] = tables[1].set_column(
         2, "time", pa.array([r * 1000 for r in tables[1]["rid"].to_pylist()], pa.timestamp("us"))
     )
-    log = write(*tables, name="a lög [1]", row_group_size=7)
+    log = write(*tables, name="a lög [1]", row_group_size=25)
     ours = to_requests(log, tmp_path / "duck", spec, "rid", memory=memory, **options)
     theirs = to_requests(log, tmp_path / "spark", spec, "rid", memory=memory, engine=engine, **options)
     assert theirs.provenance["engine"] == "spark"
@@ -58,7 +58,7 @@ def test_both_engines_agree(engine, small_log, spec, write, tmp_path, same_bits,
 
 def test_errors_of_tasks_come_back_as_they_were(engine, small_log, spec, write, tmp_path):
     table = small_log([1, 2, 1, 2] * 8)
-    log = write(table.set_column(4, "user_name", pa.array([f"u{i}" for i in range(32)])), row_group_size=4)
+    log = write(table.set_column(4, "user_name", pa.array([f"u{i}" for i in range(32)])), row_group_size=16)
     with pytest.raises(DataError, match="'user_name' of request 1: 'u0' and 'u"):
         to_requests(log, tmp_path / "out", spec, "rid", memory=20_000, engine=engine)
     manifest = to_requests(log, tmp_path / "out", spec, "rid", memory=20_000, engine=engine, on_conflict="demote")
