@@ -244,7 +244,7 @@ def make_call(
     for i, argument in enumerate(schema.arguments):
         given = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
         named[argument.name] = convert(given)
-    several = len(schema.returns) > 1 or any(str(r.type).endswith("[]") for r in schema.returns)
+    several = len(schema.returns) > 1 or any(str(r.type).startswith("List") for r in schema.returns)
     return Call(str(op), named, batch, tuple(tuple(shape) for shape in out), several)
 
 
@@ -315,11 +315,8 @@ def _on_elements(found: Rule, call: Call) -> Batching:
     ragged = {o.batching: o.shape[0] for o in call.operands() if isinstance(o.batching, Ragged)}
     if not ragged:
         return found.function(call)
-    if (
-        len(ragged) > 1
-        or any(isinstance(o.batching, Rows) for o in call.operands())
-        or _has_extent([*call.args.values()])
-    ):
+    others = any(not isinstance(o.batching, (Ragged, Replicated)) for o in call.operands())
+    if len(ragged) > 1 or others or _has_extent([*call.args.values()]):
         raise NotRowWise("jagged values meet values of other rows")
     ((kind, total),) = ragged.items()
     flat = replace(call, batch=total, args={name: _flattened(value) for name, value in call.args.items()})
