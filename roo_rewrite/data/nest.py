@@ -15,6 +15,7 @@ from roo_rewrite.data.history import ranges
 from roo_rewrite.data.table import IMPRESSIONS, POSITION, Columns
 
 ORDINAL = "__ordinal"
+CACHED_ROWS = 4096
 Array = npt.NDArray[Any]
 
 
@@ -81,13 +82,22 @@ def once(table: pa.Table, columns: Columns, last: bool, check: bool) -> tuple[pa
     clashes = []
     if check and len(others):
         for name in columns.request:
-            bad = differs(table[name].take(pa.array(others)), table[name].take(pa.array(base)))
-            if bad.any():
-                at = int(np.flatnonzero(bad)[0])
+            at = _first_difference(_whole(table[name]), others, base)
+            if at is not None:
                 rows = (int(base[at]), int(others[at]))
                 values = tuple(table[name][r].as_py() for r in rows)
                 clashes.append(Clash(name, table[columns.request_id][rows[0]].as_py(), (values[0], values[1])))
     return table.take(pa.array(chosen)), clashes
+
+
+def _first_difference(column: pa.Array, rows: Array, base: Array) -> int | None:
+    """Where `column[rows]` and `column[base]` first differ. In pieces that stay in the cache."""
+    for at in range(0, len(rows), CACHED_ROWS):
+        piece = slice(at, at + CACHED_ROWS)
+        bad = differs(column.take(pa.array(rows[piece])), column.take(pa.array(base[piece])))
+        if bad.any():
+            return at + int(np.flatnonzero(bad)[0])
+    return None
 
 
 def _pairs(order: Array, starts: Array, counts: Array) -> tuple[Array, Array]:
@@ -129,12 +139,8 @@ def _whole(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
 
 
-def differs(a: pa.ChunkedArray, b: pa.ChunkedArray) -> Array:
+def differs(a: pa.Array, b: pa.Array) -> Array:
     """bool per row: the values are not the same bits. Nulls equal nulls, a NaN equals itself."""
-    return _differs(_whole(a), _whole(b))
-
-
-def _differs(a: pa.Array, b: pa.Array) -> Array:
     if isinstance(a, pa.ExtensionArray):
         a, b = a.storage, b.storage
     if pa.types.is_dictionary(a.type):
@@ -145,14 +151,14 @@ def _differs(a: pa.Array, b: pa.Array) -> Array:
     if pa.types.is_null(kind):
         return bad
     if pa.types.is_struct(kind):
-        inner = [_differs(x, y) for x, y in zip(a.flatten(), b.flatten())]
+        inner = [differs(x, y) for x, y in zip(a.flatten(), b.flatten())]
         return np.asarray(np.logical_or.reduce([bad, *inner]))
     if pa.types.is_map(kind):
         a, b = (m.cast(pa.list_(pa.struct([kind.key_field, kind.item_field]))) for m in (a, b))
-        return _differs(a, b)
+        return differs(a, b)
     if pa.types.is_fixed_size_list(kind):
         a, b = (x.cast(pa.list_(kind.value_type)) for x in (a, b))
-        return _differs(a, b)
+        return differs(a, b)
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return _lists_differ(a, b, bad)
     if pa.types.is_floating(kind):
@@ -171,9 +177,9 @@ def _lists_differ(a: pa.Array, b: pa.Array, bad: Array) -> Array:
     sizes = [pc.fill_null(pc.list_value_length(x), 0).to_numpy() for x in (a, b)]
     bad = bad | (sizes[0] != sizes[1])
     good = np.flatnonzero(~bad)
-    inner = _differs(*(x.take(pa.array(good)).flatten() if bad.any() else x.flatten() for x in (a, b)))
-    owners = np.repeat(good, sizes[0][good])
-    bad[owners[inner]] = True
+    inner = differs(*(x.take(pa.array(good)).flatten() if bad.any() else x.flatten() for x in (a, b)))
+    if inner.any():
+        bad[np.repeat(good, sizes[0][good])[inner]] = True
     return bad
 
 

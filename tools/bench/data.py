@@ -214,11 +214,11 @@ def memory(limit: int, times: int, profile: str) -> None:
         rest = f"user='user_id', time='time', memory={limit << 20}"
         forward = peak(f"to_requests({given}, 'request_id', {rest})")
         reverse = peak(f"to_impressions({str(out)!r}, {str(back)!r}, memory={limit << 20})")
-        same = duckdb.sql(f"SELECT count(*) FROM (FROM '{log}' EXCEPT ALL FROM '{back}')").fetchone()
+        same = duckdb.sql(f"SELECT count(*) FROM (FROM '{log}' EXCEPT ALL FROM '{back}')").fetchall()[0]
         click.echo(
             f"{rows:,} impressions, limit {limit} MiB: to-requests {forward:.0f} MiB, to-impressions {reverse:.0f} MiB"
         )
-        click.echo(f"rows that did not come back: {same[0] if same else None}")
+        click.echo(f"rows that did not come back: {same[0]}")
 
 
 if __name__ == "__main__":
