@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from roo_rewrite.cost import Cost, cost, nbytes, tensors, traced_cost
-from roo_rewrite.facts import Provenance, Replicated, annotation
+from roo_rewrite.facts import Provenance, Replicated, Size, annotation
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.places import place_of
 from roo_rewrite.program import Program
@@ -27,7 +27,7 @@ _SIDES = {Provenance.CONSTANT: "constant", Provenance.REQUEST: "request", Proven
 
 @dataclass(frozen=True)
 class NodeReport:
-    """One node. depends: constant, request or impression. runs: on which side; crosses: it is what is broadcast.
+    """One node. depends: constant (sizes too), request or impression. runs: on which side; crosses: broadcast.
 
     reason: why a node runs per impression. Costs: FLOPs and bytes per impression, before and after.
     """
@@ -179,18 +179,18 @@ class _Nodes:
 
     def __init__(self, plan: Any, batch: int, named: dict[Node, str]):
         self.plan, self.batch, self.named = plan, batch, named
-        self.inside, self.crossing = set(plan.request), set(plan.residuals)
+        self.inside = set(plan.request)
+        self.crossing = {n for n in plan.residuals if any(self._reads_rows(u) for u in n.users)}
 
     def report(self, node: Node) -> NodeReport:
         before, after = self._costs(node)
         place = place_of(node)
-        known = annotation(node)
-        constant = known.provenance is Provenance.CONSTANT
-        runs = "request" if node in self.inside else "constant" if constant else "impression"
+        depends = _depends(node)
+        runs = "request" if node in self.inside else "constant" if depends == "constant" else "impression"
         return NodeReport(
             self.name(node),
             op_of(node),
-            _SIDES[known.provenance],
+            depends,
             runs,
             node in self.crossing,
             self.plan.reasons.get(node, "") if runs == "impression" else "",
@@ -203,6 +203,10 @@ class _Nodes:
             before,
             after,
         )
+
+    def _reads_rows(self, user: Node) -> bool:
+        """Whether an impression-level node reads more than the size of what crosses."""
+        return user not in self.inside and (user.op == "output" or not isinstance(annotation(user).batching, Size))
 
     def name(self, node: Node) -> str:
         return self.named.get(node, node.name)
@@ -231,6 +235,11 @@ class _Nodes:
             else:
                 request += flops
         return request, impression, both
+
+
+def _depends(node: Node) -> str:
+    known = annotation(node)
+    return "constant" if isinstance(known.batching, Size) else _SIDES[known.provenance]
 
 
 def op_of(node: Node) -> str:
