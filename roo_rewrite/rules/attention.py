@@ -20,6 +20,7 @@ from roo_rewrite.rules.registry import Call, Operand, case, rule
         case("B 3", "5 3", "5 3"),
         case("2 B 3", "2 5 3", "2 5 3", "B 5"),
         case("B 4 2 3", "B 2 5 3", "B 2 5 3", call=lambda n, q, k, v: (q, k, v, {"enable_gqa": True})),
+        case("2 B 4 3", "2 1 5 3", "2 1 5 3", call=lambda n, q, k, v: (q, k, v, {"enable_gqa": True})),
         case("B 3", "5 3", "5 3", call=lambda n, q, k, v: (q, k, v, None, 0.0, True), declines=True),
         case("B 3", "B 3", "B 3", declines=True),
         case("B 2 3", "7 4 3", "7 4 3", declines=True),
@@ -35,9 +36,6 @@ def attention(call: Call) -> Batching:
     q, k, v, mask = call.operand("query"), call.operand("key"), call.operand("value"), call["attn_mask"]
     lead = "abcdefgh"[: max(o.ndim for o in (q, k, v)) - 2]
     operands = [(q, "qe"), (k, "ke"), (v, "kv")] + ([(mask, "qk")] if mask is not None else [])
-    for o, name in zip((q, k, v), ("query", "key", "value")):
-        if o.rows is not None and call["enable_gqa"] and o.rows.dim == o.ndim - 3:
-            raise NotRowWise(f"the batch of {name} is the dim of the heads, which are repeated")
     if call["is_causal"] and q.rows is not None and q.rows.dim == q.ndim - 2:
         raise NotRowWise("causal attention over the batch")
     terms = [_letters(o, lead, last) for o, last in operands]

@@ -13,12 +13,13 @@ from roo_rewrite.rules.registry import Call, Operand, case, rule
 def common(operands: Sequence[Operand]) -> Rows | None:
     """The batch that all operands have in the same place; None when none has one."""
     found = {o.rows for o in operands}
-    if found == {None} or not found:
-        return None
-    if None in found:
-        raise NotRowWise("a value without a batch has an entry per row")
     if len(found) > 1:
-        raise NotRowWise("the batch lies in different dims of the operands")
+        mixed = None in found
+        raise NotRowWise(
+            "a value without a batch has an entry per row"
+            if mixed
+            else "the batch lies in different dims of the operands"
+        )
     return found.pop()
 
 
@@ -94,6 +95,8 @@ def _at_least(x: Operand, ndim: int, call: Call) -> Operand:
         case("B", "B", call=lambda n, x, y: ([x, y],)),
         case("2 B", "2 B", call=lambda n, x, y: ([x, y],)),
         case("2 B 3", "2 B 3", call=lambda n, x, y: ([x, y],)),
+        case("2 3 B", "2 3 B", call=lambda n, x, y: ([x, y],)),
+        case("3 B", "3 B", "3 B", call=lambda n, *xs: (list(xs),)),
     ],
 )
 def joined_at_least(call: Call) -> Batching:
@@ -194,6 +197,8 @@ def broadcast_tensors(call: Call) -> Batching:
     cases=[
         case("B", "3", call=lambda n, x, y: ([x, y], {"indexing": "xy"})),
         case("2", "3", "B", call=lambda n, *xs: (list(xs), {"indexing": "ij"})),
+        case("2", "3", "B", call=lambda n, *xs: (list(xs), {"indexing": "xy"})),
+        case("2", "B", "3", call=lambda n, *xs: (list(xs), {"indexing": "xy"})),
     ],
 )
 def meshgrid(call: Call) -> Batching:

@@ -16,6 +16,8 @@ from roo_rewrite.rules.registry import Call, case, rule
         case("4 2 B", "3 2 1", empty=False),
         case("4 2 B", "3 2 3", declines=True),
         case("2 B", "3 2 3", declines=True),
+        case("2 B 5", "3 7 3", declines=True),
+        case("B 2 5", "B 2 3", declines=True),
     ],
 )
 @rule("aten.conv1d.padding", cases=[case("B 2 5", "3 2 3", call=lambda n, x, w: (x, w, None, [1], "same"))])
@@ -25,6 +27,9 @@ from roo_rewrite.rules.registry import Call, case, rule
         case("B 2 5 4", "3 2 3 2"),
         case("4 2 B 4", "3 2 1 2", empty=False),
         case("4 2 B 4", "3 2 1 2", call=lambda n, x, w: (x, w, None, [1, 1], [1, 0]), declines=True),
+        case("4 2 B 4", "3 2 1 2", call=lambda n, x, w: (x, w, None, [2, 1]), declines=True),
+        case("4 2 B 4", "3 2 1 2", call=lambda n, x, w: (x, w, None, [1], [0]), empty=False),
+        case("4 2 4 B", "3 2 2 1", call=lambda n, x, w: (x, w, None, [2, 1], [1, 0]), empty=False),
         case("2 B 4", "3 2 1 2", empty=False),
     ],
 )
@@ -84,7 +89,13 @@ for _dims in (1, 2, 3):
     _pool(_dims)
 
 
-@rule("aten.im2col.default", cases=[case("B 2 4 4", call=lambda n, x: (x, [2, 2], [1, 1], [0, 0], [1, 1]))])
+@rule(
+    "aten.im2col.default",
+    cases=[
+        case("B 2 4 4", call=lambda n, x: (x, [2, 2], [1, 1], [0, 0], [1, 1])),
+        case("2 B 4 4", call=lambda n, x: (x, [2, 2], [1, 1], [0, 0], [1, 1]), declines=True),
+    ],
+)
 @rule("aten.col2im.default", cases=[case("B 8 9", call=lambda n, x: (x, [4, 4], [2, 2], [1, 1], [0, 0], [1, 1]))])
 def columns(call: Call) -> Batching:
     """Windows as columns, and back; the batch comes first."""

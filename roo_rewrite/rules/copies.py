@@ -24,6 +24,9 @@ def _x(call: Call) -> Operand:
         case("1 3", call=lambda n, x: (x, [n, 2])),
         case("4 3", call=lambda n, x: (x, [n, 1])),
         case("1 3", call=lambda n, x: (x, [n * 2, 1])),
+        case("3 1", call=lambda n, x: (x, [2, 1, n])),
+        case("1 3", call=lambda n, x: (x, [n, n]), declines=True),
+        case("1 3", call=lambda n, x: (x, [n + 1, 1]), declines=True),
         case("B 3", call=lambda n, x: (x, [2, 1])),
         case("B*2 3", call=lambda n, x: (x, [3, 1])),
         case("B", call=lambda n, x: (x, [n]), declines=True),
@@ -74,6 +77,8 @@ def _copies(call: Call, x: Operand, repeats: list[int]) -> Batching:
         case("B 3", call=lambda n, x: (x, 2, 0)),
         case("B*2 3", call=lambda n, x: (x, 3, 0)),
         case("B", call=lambda n, x: (x, 2)),
+        case("2 B 3", call=lambda n, x: (x, 2)),
+        case("2 3*B", call=lambda n, x: (x, 2)),
     ],
 )
 def repeat_interleave(call: Call) -> Batching:

@@ -52,6 +52,7 @@ def _jagged_bags(n: int, *args: torch.Tensor) -> tuple[object, ...]:
         case("4 3", "i:B*2", "#B*2", "B*2", call=_bags),
         case("4 3", "i:B*2", "#B*2", "14", call=_bags, declines=True),
         case("4 3", "i:B*2", "#B", call=_bags, declines=True),
+        case("4 B", "i:B*2", "#B*2", call=_bags, declines=True),
         case("4 3", "i:R", "offsets", call=_jagged_bags),
         case("4 3", "i:R", "offsets", "R", call=_jagged_bags),
         case("4 3", "i:R", "starts", call=_bags),

@@ -14,7 +14,13 @@ _SPECIAL = (RowIndex, Lengths, Offsets, Ragged)
     "aten.ones.default",
     sizes=("size",),
     special=_SPECIAL,
-    cases=[case(call=lambda n: ([n, 3],)), case(call=lambda n: ([2, n * 3],)), case(call=lambda n: ([n],))],
+    cases=[
+        case(call=lambda n: ([n, 3],)),
+        case(call=lambda n: ([2, n * 3],)),
+        case(call=lambda n: ([n],)),
+        case(call=lambda n: ([n, n],), declines=True),
+        case(call=lambda n: ([n + 1],), declines=True),
+    ],
 )
 @rule("aten.full.default", sizes=("size",), special=_SPECIAL, cases=[case(call=lambda n: ([3, n], 2.5))])
 @rule(
@@ -82,7 +88,10 @@ def arange(call: Call) -> Batching:
 
 @rule("aten.empty_like.default", special=_SPECIAL, cases=[case("B 0")])
 @rule(
-    "aten.zeros_like.default", "aten.ones_like.default", special=_SPECIAL, cases=[case("B 3"), case("3 B"), case("#B")]
+    "aten.zeros_like.default",
+    "aten.ones_like.default",
+    special=_SPECIAL,
+    cases=[case("B 3"), case("3 B"), case("#B"), case("R 2"), case("offsets", declines=True)],
 )
 @rule("aten.full_like.default", special=_SPECIAL, cases=[case("B 3", call=lambda n, x: (x, 2.0))])
 def filled_like(call: Call) -> Batching:

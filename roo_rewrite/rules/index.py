@@ -96,6 +96,10 @@ def in_step(call: Call, out: Operand, others: Sequence[Operand]) -> Batching:
         case("B 4", "i:7 4", call=lambda n, x, i: (x, i, 0), declines=True),
         case("B 4", "i:1 2", call=lambda n, x, i: (x, i, -1)),
         case("4 2", "i:B 2", call=lambda n, x, i: (x, i, 0)),
+        case("4", "i:B 2", call=lambda n, x, i: (x, i)),
+        case("2 2", "i:2 B", call=lambda n, x, i: (x, i)),
+        case("2 2", "i:3 B*2 2", call=lambda n, x, i: (x, i)),
+        case("B 4", "i:1 4", call=lambda n, x, i: (x, i, 0), declines=True),
         case("B", "i:2", call=lambda n, x, i: (x, i), declines=True),
     ],
 )
@@ -171,6 +175,10 @@ _INDEX_CASES = [
     case("B 4", "i:3", call=lambda n, x, i: (x, [None, i])),
     case("B 4 4", "i:3", "i:3", call=lambda n, x, i, j: (x, [None, i, j])),
     case("4 B 4", "i:3", "i:3", call=lambda n, x, i, j: (x, [i, None, j])),
+    case("4 4 4 B", "i:3", "i:3", call=lambda n, x, i, j: (x, [None, i, j])),
+    case("4 4 4 B", "i:2 3", "i:3", call=lambda n, x, i, j: (x, [i, None, j])),
+    case("4 4 4", "i:B", "i:1", call=lambda n, x, i, j: (x, [None, i, j])),
+    case("4 2 4", "i:3 B", "i:3 1", call=lambda n, x, i, j: (x, [i, None, j])),
     case("4 3", "i:B", call=lambda n, x, i: (x, [i])),
     case("4 4", "i:B 1", "i:2", call=lambda n, x, i, j: (x, [i, j])),
     case("B 4", "#B", "i:B", call=lambda n, x, r, i: (x, [r, i])),
@@ -187,6 +195,9 @@ _INDEX_CASES = [
 _MASK_CASES = [
     case("B 3", call=lambda n, x: (x, [None, torch.tensor([True, False, True])])),
     case("B 4", "b:B", call=lambda n, x, m: (x, [m]), declines=True),
+    case("7 4", "b:B", call=lambda n, x, m: (x, [m]), declines=True),
+    case("3 2 B 2", call=lambda n, x: (x, [torch.tensor([[True, False], [True, True], [False, False]])])),
+    case("2 4 B", "i:2", call=lambda n, x, i: (x, [torch.tensor([True, True]), i])),
 ]
 
 

@@ -163,9 +163,9 @@ def diagonal_scatter(call: Call) -> Batching:
     """The diagonal of two dims, the last dim of src, written over."""
     x, src = call.operand("self"), call.operand("src")
     pair = {wrap(call["dim1"], x.ndim), wrap(call["dim2"], x.ndim)}
-    if x.rows is None or x.rows.dim in pair:
+    if x.rows is not None and x.rows.dim in pair:
         raise NotRowWise("writes over the diagonal of the batch")
-    want = shifted(x.rows, -sum(d < x.rows.dim for d in pair))
-    if src.rows != want:
+    rows = x.rows
+    if src.rows != (rows and shifted(rows, -sum(d < rows.dim for d in pair))):
         raise NotRowWise("the batch lies in different dims of the operands")
-    return x.rows
+    return batched(rows)

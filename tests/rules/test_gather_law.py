@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,10 @@ from hypothesis import strategies as st
 
 import roo_rewrite.rules  # noqa: F401 - registers the rules
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Replicated, Rows
+from roo_rewrite.facts import CrossRow, Replicated, Rows, parts
 from roo_rewrite.rules import law
 from roo_rewrite.rules.registry import Case, Rule, case, registered
+from tools import check_rules
 
 BATCH = 7
 ROWS = st.lists(st.integers(0, BATCH - 1), max_size=9)
@@ -79,6 +82,23 @@ def test_the_trace_does_not_matter(op: str) -> None:
         if not a_case.declines:
             found = {law.predict(rule, law.trial(op, a_case, batch)) for batch in (BATCH, 11, 13)}
             assert len(found) == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_constants_stay_constants(op: str) -> None:
+    rule = registered()[op]
+    for a_case in rule.cases:
+        trial = law.trial(op, a_case, BATCH)
+        if not a_case.declines and trial.drawn and all(type(d.batching) is Rows for d in trial.drawn):
+            alike = tuple(replace(d, batching=Replicated()) for d in trial.drawn)
+            constant = replace(trial, drawn=alike, build=lambda n, *tensors, build=a_case.call: build(int(n), *tensors))
+            assert {p for p in parts(law.predict(rule, constant)) if not isinstance(p, CrossRow)} == {Replicated()}
+
+
+def test_ops_of_public_models_have_a_rule_or_a_reason() -> None:
+    names = check_rules.listed(Path(__file__).with_name("public_ops.txt"))
+    assert len(names) > 100
+    assert check_rules.uncovered(names) == []
 
 
 def _wrong(op: str, answer: Rows | Replicated, *cases: Case) -> Rule:
