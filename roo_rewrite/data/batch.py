@@ -60,7 +60,7 @@ class Notes:
 
 @dataclass(frozen=True, eq=False)
 class RequestBatch:
-    """A batch of requests: `model(*batch.args, **batch.kwargs, num_impressions=batch.num_impressions)`.
+    """A batch of requests. `batch.score(model)` calls a rewritten model with it.
 
     args, kwargs: the request-level call; packed columns and KeyedJaggedTensors of both sides are pairs.
     num_impressions: int64[R]. labels, weights: any nesting of tensors with I rows, or None.
@@ -143,6 +143,10 @@ class RequestBatch:
             order=None if self.order is None else self.order.index_select(0, picked),
             cursor=None,
         )
+
+    def score(self, model: Callable[..., Any]) -> Any:
+        """`model(*args, **kwargs, num_impressions=num_impressions)`: a rewritten model on this batch."""
+        return model(*self.args, **self.kwargs, num_impressions=self.num_impressions)
 
     def restore(self, scores: Any) -> Any:
         """Scores of this batch (any nesting of tensors [I, ...]) in the caller's order of impressions.
