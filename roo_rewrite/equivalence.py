@@ -6,6 +6,7 @@ judged by its distance to the float64 truth, relative to the original's own dist
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
@@ -20,11 +21,11 @@ from roo_rewrite.errors import EquivalenceError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import frozen_buffers, tensors_of
+from roo_rewrite.noise import SteadyNoise
 from roo_rewrite.ops.broadcast import request_of
 
 if TYPE_CHECKING:
     from roo_rewrite.module import RequestModel
-    from roo_rewrite.program import Program
 
 _BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
 
@@ -71,7 +72,10 @@ def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def compare(
-    found: Sequence[Tensor], expected: Sequence[Tensor], reshape: bool = False, precision: torch.dtype = torch.float64
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    reshape: bool = False,
+    precision: torch.dtype = torch.float64,
 ) -> str | None:
     """The first output that differs beyond the rounding of its dtype, or of a lower `precision`, in words."""
     if len(found) != len(expected):
@@ -89,7 +93,8 @@ def compare(
 
 def tolerance(dtype: torch.dtype) -> float:
     """How far two ways to compute the same may lie apart, relative to the largest entry."""
-    return {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}.get(dtype, 0.0)
+    real = dtype.to_real() if dtype.is_complex else dtype
+    return {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}.get(real, 0.0)
 
 
 def distance(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
@@ -222,33 +227,77 @@ def check_once(
 ) -> str | None:
     """What differs on one drawn batch, an output or a gradient, in words; "" where nothing does.
 
-    None where the original itself cannot take such a batch (an empty one, say).
+    None where the original itself cannot take such a batch (an empty one, say), or gives noise on it.
     """
     batch = draw_batch(inputs, example, counts, torch.Generator().manual_seed(seed))
     statics = other._example[1]
+    noise = SteadyNoise if other.shares_masks else contextlib.nullcontext
     for t in batch.atoms:
         t.requires_grad_(t.is_floating_point())
     try:
         args, kwargs = inputs.unflatten(batch.expanded(inputs), Provenance.IMPRESSION, statics)
-        expected, want = _run(truth, batch.atoms, seed, lambda: truth(*args, **kwargs))
+        with noise():
+            expected, want = _run(truth, batch.atoms, seed, lambda: truth(*args, **kwargs))
     except Exception:  # whatever user code raises
         return None
     try:
         args, kwargs = inputs.unflatten(batch.atoms, Provenance.REQUEST, statics)
-        found, got = _run(other, batch.atoms, seed, lambda: other(*args, num_impressions=batch.counts, **kwargs))
+        with noise():
+            found, got = _run(other, batch.atoms, seed, lambda: other(*args, num_impressions=batch.counts, **kwargs))
     except Exception as e:
         return f"it fails where the original does not: {type(e).__name__}: {e}"
-    problem = compare(found, expected, sum(counts) <= 1, precision)
-    if problem is not None:
-        return problem
-    limit, floor = max(1e-7, 10 * tolerance(precision)), noise(want)
     names = [n for n, _ in truth.named_parameters()] + [a.name for a in inputs.atoms]
+    reshape = sum(counts) <= 1
+    problem = compare(found, expected, reshape, precision) or gradients_differ(names, got, want, precision)
+    if problem is None:
+        return ""
+    for module, level, (outputs, grads) in (
+        (truth, Provenance.IMPRESSION, (expected, want)),
+        (other, Provenance.REQUEST, (found, got)),
+    ):
+        again, moved = _run_shaken(module, level, inputs, batch, statics, seed)
+        if compare(again, outputs, precision=precision) or gradients_differ(names, moved, grads, precision):
+            return None
+    return problem
+
+
+def _run_shaken(
+    module: nn.Module, level: Provenance, inputs: Inputs, batch: Batch, statics: Sequence[Any], seed: int
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    moved = shaken(module)
+    request = level is Provenance.REQUEST
+    args, kwargs = inputs.unflatten(batch.atoms if request else batch.expanded(inputs), level, statics)
+    if request:
+        kwargs["num_impressions"] = batch.counts
+    return _run(moved, batch.atoms, seed, lambda: moved(*args, **kwargs))
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """A copy with every parameter off by a few units in the last place: what that changes is noise.
+
+    Batch norm over one request, or the direction of a vector that should be 0, is nothing else.
+    """
+    made, generator = copy.deepcopy(module), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.is_floating_point():
+                drawn = 2 * torch.rand(p.shape, generator=generator, dtype=torch.float64).to(p) - 1
+                p.mul_(1 + 4 * torch.finfo(p.dtype).eps * drawn)
+    return made
+
+
+def gradients_differ(
+    names: Sequence[str], got: Sequence[Tensor | None], want: Sequence[Tensor | None], precision: torch.dtype
+) -> str | None:
+    """The first gradient that is missing, or differs beyond rounding, in words."""
+    limit, floor = max(1e-7, 10 * tolerance(precision)), noise(want)
     for name, a, b in zip(names, got, want, strict=True):
         if (a is None) != (b is None) and not _zero(a if b is None else b):
             return f"the gradient of {name!r} is {'missing' if a is None else 'there'}, unlike the original's"
-        if a is not None and b is not None and distance(_dense(a), _dense(b), floor) > limit:
-            return f"the gradient of {name!r} is off by {distance(_dense(a), _dense(b), floor):.2e} of its scale"
-    return ""
+        error = 0.0 if a is None or b is None else distance(_dense(a), _dense(b), floor)
+        if error > limit:
+            return f"the gradient of {name!r} is off by {error:.2e} of its scale"
+    return None
 
 
 def noise(grads: Sequence[Tensor | None]) -> float:

@@ -71,6 +71,11 @@ class Inputs:
         # Immutable; torch warns of copies of its tree specs.
         return self
 
+    def __reduce__(self) -> Any:
+        # A tree spec does not pickle without a warning; a tree of that structure does.
+        skeleton = pytree.tree_unflatten(list(range(len(self.leaves))), self.tree)
+        return _of_skeleton, (self.spec, skeleton, self.leaves, self.paths, self.parameters)
+
     @property
     def atoms(self) -> tuple[Atom, ...]:
         """All atoms, in the order of the flattened call."""
@@ -160,6 +165,10 @@ class Inputs:
 
     def _atom(self, name: str) -> Atom:
         return next(a for a in self.atoms if a.name == name)
+
+
+def _of_skeleton(spec: FeatureSpec, skeleton: Any, *rest: Any) -> Inputs:
+    return Inputs(spec, pytree.tree_structure(skeleton), *rest)
 
 
 def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:

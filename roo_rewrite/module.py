@@ -162,6 +162,11 @@ class RequestModel(nn.Module):
     def _side(self, side: Provenance) -> list[Any]:
         return [a for a in self._inputs.atoms if a.provenance is side]
 
+    @property
+    def shares_masks(self) -> bool:
+        """Whether the impressions of a request share their dropout masks."""
+        return getattr(self._build, "options", None) is not None and self._build.options.dropout == "per_request"  # type: ignore[attr-defined]
+
     def _whole_program(self) -> Program:
         return self._current[self.training]
 

@@ -150,7 +150,7 @@ def _build(
     passes.normalize.normalize(captured)
     policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
     program = _compile(captured, inputs, captured.model, policy, options, name)
-    trial = Trial(original, program, inputs, statics, name)
+    trial = Trial(original, program, inputs, statics, name, options.dropout == "per_request")
     found = trial.mismatch(example)
     if found is not None:
         if options.check:
@@ -160,11 +160,22 @@ def _build(
     return replace(program, empty=not trial.fails_empty(example), notes=tuple(captured.notes))
 
 
+def _split(captured: Captured, options: Options) -> Sequence[Any]:
+    """Splits the graph; where that fails it stays as it is."""
+    try:
+        return passes.split.split(captured, options.fanout, options.split).candidates
+    except Exception as e:  # a fault of ours must not keep a model from being hoisted
+        if options.check:
+            raise
+        captured.notes.append(f"nothing was split, please report it: {type(e).__name__}: {e}")
+        return ()
+
+
 def _compile(
     captured: Captured, inputs: Inputs, original: nn.Module, policy: passes.annotate.Policy, options: Options, name: str
 ) -> Program:
     passes.annotate.annotate(captured, inputs, original, policy)
-    candidates = passes.split.split(captured, options.fanout, options.split).candidates
+    candidates = _split(captured, options)
     passes.annotate.annotate(captured, inputs, original, policy)
     plan = passes.partition.partition(captured, options.fanout)
     graph = passes.hoist.hoist(captured, inputs, plan)

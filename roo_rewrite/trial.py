@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from roo_rewrite.calls import without_empty
+from roo_rewrite.calls import ambient, without_empty
 from roo_rewrite.capture import Captured
-from roo_rewrite.equivalence import Batch, compare, distance, draw_batch, noise, tolerance
+from roo_rewrite.equivalence import Batch, compare, distance, draw_batch, gradients_differ, noise, shaken, tolerance
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import tensors_of
+from roo_rewrite.noise import SteadyNoise
 from roo_rewrite.program import Program, holder
 from roo_rewrite.purity import random_kept, twin
 
@@ -27,10 +29,20 @@ _LARGE = 1_000_000
 class Trial:
     """Two copies of a model: one runs the original's code, one the program. Parameters are the model's own."""
 
-    def __init__(self, original: nn.Module, program: Program, inputs: Inputs, statics: Sequence[Any], name: str):
+    def __init__(
+        self,
+        original: nn.Module,
+        program: Program,
+        inputs: Inputs,
+        statics: Sequence[Any],
+        name: str,
+        shared_masks: bool = False,
+    ):
+        """shared_masks: dropout is drawn per request, which no seed makes equal to the original's."""
         assert program.captured is not None
         self.truth, self.other = twin(original), twin(original)
         self.program, self.inputs, self.statics = program, inputs, statics
+        self.noise = SteadyNoise if shared_masks else contextlib.nullcontext
         self.precision = _precision(program.captured)
         self.other.add_module("_roo", nn.Module())
         self.other.get_submodule("_roo").add_module(name, holder(self.other, program.captured))
@@ -43,7 +55,7 @@ class Trial:
                 continue
             batch = draw_batch(self.inputs, example, counts, generator)
             found = self._differ(batch, gradients=index == 0)
-            if found is not None:
+            if found is not None and not self._noisy(batch, gradients=index == 0):
                 return f"{found}, num_impressions={counts}"
         return None
 
@@ -70,7 +82,7 @@ class Trial:
 
     def _differ(self, batch: Batch, gradients: bool) -> str | None:
         batch = Batch([t.requires_grad_(gradients and t.is_floating_point()) for t in batch.atoms], batch.counts)
-        with random_kept(), torch.set_grad_enabled(gradients):
+        with random_kept(), self.noise(), torch.set_grad_enabled(gradients):
             try:
                 expected = self._original(batch)
             except Exception as e:  # whatever user code raises
@@ -80,10 +92,29 @@ class Trial:
             except Exception as e:
                 return f"the rewritten model fails: {type(e).__name__}: {e}"
         return (
-            compare([t.detach() for t in found], [t.detach() for t in expected], precision=self.precision)
+            compare(_detached(found), _detached(expected), precision=self.precision)
             or self._buffers()
             or (self._gradients(batch, found, expected) if gradients else None)
         )
+
+    def _noisy(self, batch: Batch, gradients: bool) -> bool:
+        """Whether either copy, its parameters shaken, disagrees with itself: then nothing can be told from it."""
+        for name, run in (("truth", self._original), ("other", self._program)):
+            model = getattr(self, name)
+            results: list[tuple[list[Tensor], list[Tensor | None]]] = []
+            for tried in (model, shaken(model)):
+                setattr(self, name, tried)
+                with random_kept(), self.noise(), torch.set_grad_enabled(gradients):
+                    made = run(batch)
+                parameters = [p for p in tried.parameters() if p.requires_grad and p.numel() < _LARGE]
+                results.append((_detached(made), _backward(made, parameters) if gradients else []))
+            setattr(self, name, model)
+            (outputs, grads), (again, moved) = results
+            names = [str(i) for i in range(len(grads))]
+            differ = compare(again, outputs, precision=self.precision)
+            if differ or gradients_differ(names, moved, grads, self.precision):
+                return True
+        return False
 
     def _buffers(self) -> str | None:
         others = dict(self.other.named_buffers())
@@ -112,7 +143,12 @@ class Trial:
 def _precision(captured: Captured) -> torch.dtype:
     """The lowest floating point precision of the trace."""
     values = (n.meta.get("val") for n in captured.graph.nodes)
-    return max({torch.float64, *(v.dtype for v in values if isinstance(v, Tensor))}, key=tolerance)
+    lowered = (d for d in ambient() if d is not None)
+    return max({torch.float64, *lowered, *(v.dtype for v in values if isinstance(v, Tensor))}, key=tolerance)
+
+
+def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.detach() for t in tensors]
 
 
 def _backward(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None]:

@@ -2,7 +2,7 @@
 
 A hazard is an `nn.Module` with a class attribute `hoists`: whether something of it must run once per
 request. Its inputs are drawn by the names of its forward's parameters (see `DRAW`): `u...` are request
-inputs, `x...` impression inputs. Optional attributes: `modes` (training flags to try), `options` (of
+inputs, `x...` impression inputs. Optional attributes: `modes` (training flags to try; `MODES` of its file, or eval), `options` (of
 `rewrite`), `refused` (a RooError is the right answer), `caught` (the program may fail its trial).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             if inspect.isclass(value) and issubclass(value, nn.Module) and "hoists" in vars(value)
         ]
         metafunc.parametrize("hazard", found, ids=lambda c: c.__name__)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small only wait for each other
+    yield
+    torch.set_num_threads(before)
 
 
 def names_of(module: nn.Module) -> list[str]:
@@ -172,7 +180,8 @@ def sound() -> Callable[[type], None]:
     """Rewrites a hazard in each of its modes and holds it against the original."""
 
     def check(kind: type) -> None:
-        for training in getattr(kind, "modes", (False, True)):
+        both = getattr(sys.modules[kind.__module__], "MODES", (False,))
+        for training in getattr(kind, "modes", both):
             model, truth = made(kind, training), made(kind, training)
             names = names_of(model)
             example = draw(names, 7, 7)

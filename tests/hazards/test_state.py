@@ -11,6 +11,9 @@ from hazard_parts import Plain
 from torch import Tensor, nn
 
 
+MODES = (False, True)
+
+
 def test_equal_or_refused(hazard: type, sound: Callable[[type], None]) -> None:
     sound(hazard)
 
