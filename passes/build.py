@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 import torch.fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -24,7 +26,7 @@ from passes.forms import (
     provenance,
 )
 from roo_rewrite.capture import Captured
-from roo_rewrite.facts import META, Provenance, annotation
+from roo_rewrite.facts import META, CrossRow, Provenance, annotation
 
 aten = torch.ops.aten
 
@@ -42,10 +44,13 @@ class Builder:
         self.origin: Node | None = None
 
     def adopt(self, made: Node, node: Node) -> None:
-        """Marks a copy of a node of the old graph: its own provenance, not its operands'."""
+        """Marks a copy of a node of the old graph: its provenance is its new operands', unless it mixes rows."""
         made.meta = {k: v for k, v in node.meta.items() if k != META}
         known = annotation(node)
-        made.meta[PROVENANCE] = known.provenance
+        if made.op != "call_function" or isinstance(known.batching, CrossRow):
+            made.meta[PROVENANCE] = known.provenance
+        else:
+            made.meta[PROVENANCE] = _join(made)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new row-wise call, with its traced value."""
@@ -63,8 +68,7 @@ class Builder:
             else:
                 with mode:
                     made.meta["val"] = target(*values[0], **values[1])
-        sources = [n.meta[PROVENANCE] for n in made.all_input_nodes if not _is_size(n)]
-        made.meta[PROVENANCE] = max(sources, default=Provenance.CONSTANT)
+        made.meta[PROVENANCE] = _join(made)
         self.known[key] = made
         return made
 
@@ -119,19 +123,37 @@ class Builder:
         return [s if is_static(s) else self.size(s) for s in shape]
 
     def size(self, size: torch.SymInt) -> Node:
-        """A node whose value is the traced size, found among the inputs."""
-        key = ("size", size.node.expr)
+        """A node whose value is the traced size."""
+        made = self._sized(size.node.expr)
+        assert isinstance(made, Node)
+        return made
+
+    def _sized(self, expr: sympy.Expr) -> Node | int:
+        """A size, found among the values or computed from such as are."""
+        if expr.is_Integer:
+            return int(expr)
+        key = ("size", expr)
         if key not in self.known:
-            for node in self.graph.nodes:
-                value = node.meta.get("val")
-                if not isinstance(value, FakeTensor):
-                    continue
-                for dim, s in enumerate(value.shape):
-                    if isinstance(s, torch.SymInt) and s.node.expr == size.node.expr:
-                        self.known[key] = self.call(aten.sym_size.int, node, dim)
-                        return self.known[key]
-            raise KeyError(f"no value has size {size}")
+            found = self._found(expr)
+            if found is None:
+                fold = {sympy.Mul: operator.mul, sympy.Add: operator.add}.get(expr.func)
+                if fold is None:
+                    raise KeyError(f"no value has size {expr}")
+                first, *rest = [self._sized(part) for part in expr.args]
+                for part in rest:
+                    first = self.call(fold, first, part)
+                assert isinstance(first, Node)
+                found = first
+            self.known[key] = found
         return self.known[key]
+
+    def _found(self, expr: sympy.Expr) -> Node | None:
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            for dim, s in enumerate(value.shape if isinstance(value, FakeTensor) else ()):
+                if isinstance(s, torch.SymInt) and s.node.expr == expr:
+                    return self.call(aten.sym_size.int, node, dim)
+        return None
 
     def _joined(self, dim: int, parts: Sequence[Form]) -> Node:
         """Parts as one tensor; consecutive parts of one side are joined first, so that they cross as one."""
@@ -206,6 +228,11 @@ class Builder:
 
 def _base(builder: Builder, part: Form, dim: int) -> Node:
     return part.base.node if isinstance(part, Picked) and part.dim == dim else builder.whole(part)
+
+
+def _join(node: Node) -> Provenance:
+    sources = [n.meta[PROVENANCE] for n in node.all_input_nodes if not _is_size(n)]
+    return max(sources, default=Provenance.CONSTANT)
 
 
 def _is_size(node: Node) -> bool:

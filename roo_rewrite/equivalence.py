@@ -129,7 +129,9 @@ def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, s
     if _verified(original, rewritten, batches, seed, double=True):
         return
     if not _verified(original, rewritten, batches, seed, double=False):
-        raise EquivalenceError("nothing was verified: the original fails on every drawn batch", seed=seed)
+        raise EquivalenceError(
+            "nothing was verified: the original fails, or gives noise, on every drawn batch", seed=seed
+        )
 
 
 def _verified(original: nn.Module, rewritten: RequestModel, batches: int, seed: int, double: bool) -> bool:
@@ -257,7 +259,9 @@ def check_once(
     ):
         again, moved = _run_shaken(module, level, inputs, batch, statics, seed)
         if compare(again, outputs, precision=precision) or gradients_differ(names, moved, grads, precision):
-            return None
+            loose = torch.float32
+            alike = not compare(found, expected, reshape, loose) and not gradients_differ(names, got, want, loose)
+            return "" if alike else None
     return problem
 
 
