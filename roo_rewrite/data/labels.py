@@ -103,7 +103,7 @@ def join_labels(
             parts.append(write_part(target, groups, columns, writing, meta))
             if progress:
                 progress("join", i + 1, len(paths), parts[-1].impressions)
-        generation = next_generation(out, work)
+        generation = next_generation(out)
         named = tuple(Part(f"{generation}/{p.path}", p.requests, p.impressions, p.bytes) for p in parts)
         provenance = {**manifest.provenance, "outcomes": counts}
         publish(work, out, Manifest(columns, named, manifest.spec, provenance), generation)

@@ -155,7 +155,7 @@ def to_requests(
                 if on_conflict != "demote" or request_id in names:
                     raise
                 job = _demoted(job, names)
-        generation = next_generation(out, work)
+        generation = next_generation(out)
         named = tuple(replace(p, path=f"{generation}/{p.path}") for p in parts)
         provenance = {**meta["provenance"], "demoted": [c for c in columns.request if c not in job.columns.request]}
         manifest = Manifest(job.columns, named, spec.to_dict(), provenance)

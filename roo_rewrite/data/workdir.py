@@ -105,13 +105,10 @@ def _ours(path: Path) -> bool:
     return path.name.startswith((MANIFEST, GENERATION))
 
 
-def next_generation(out: Path, work: Path) -> str:
-    """The name of the directory the new parts will have in `out`; the same for a resumed run."""
-    note = work / "generation"
-    if not note.exists():
-        taken = {int(p.name.removeprefix(GENERATION)) for p in out.glob(GENERATION + "*")} if out.is_dir() else set()
-        write_whole(note, f"{GENERATION}{max(taken, default=0) + 1}".encode())
-    return note.read_text()
+def next_generation(out: Path) -> str:
+    """A name for the new parts in `out` that no other run, finished or killed, has used."""
+    taken = [int(p.name.removeprefix(GENERATION)) for p in out.glob(GENERATION + "*")] if out.is_dir() else []
+    return f"{GENERATION}{max(taken, default=0) + 1}"
 
 
 def publish(work: Path, out: Path, manifest: Manifest, generation: str) -> None:

@@ -235,6 +235,27 @@ def test_replacing_a_data_set(small_log, spec, write, tmp_path):
     assert sorted(p.name for p in out.iterdir()) == [MANIFEST, "data-2"]
 
 
+@pytest.mark.parametrize("stop", ["write", "rmtree"])
+def test_killed_while_it_publishes(small_log, spec, write, tmp_path, monkeypatch, stop):
+    out = tmp_path / "out"
+    to_requests(write(small_log([1, 2])), out, spec, "rid")
+    log = write(small_log([3, 4, 4]))
+    workdir = importlib.import_module("roo_rewrite.data.workdir")
+
+    def die(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(workdir.Manifest if stop == "write" else workdir.shutil, stop, die)
+    with pytest.raises(KeyboardInterrupt):
+        to_requests(log, out, spec, "rid")
+    monkeypatch.undo()
+    assert [r["rid"] for r in requests_of(out)] == ([1, 2] if stop == "write" else [3, 4])
+    to_requests(log, out, spec, "rid")
+    assert [r["rid"] for r in requests_of(out)] == [3, 4]
+    assert len(list(out.iterdir())) == 2
+    assert not list(tmp_path.glob(".*"))
+
+
 def test_two_runs_at_once_are_refused(small_log, spec, write, tmp_path):
     import fcntl
 

@@ -139,15 +139,14 @@ def readers_of(profile: str, impressions: int, folder: Path, runs: int) -> str:
 
 
 CHILD = """
-import resource, sys
 from roo_rewrite.data.to_requests import to_requests
 from roo_rewrite.data.to_impressions import to_impressions
 from roo_rewrite.features import FeatureSpec
-def rss():
-    return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
-before = rss()
+def status(what):
+    return int(next(l for l in open("/proc/self/status") if l.startswith(what)).split()[1]) / 1024
+before = status("VmRSS")
 {work}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+print(status("VmHWM") - before)
 """
 
 
