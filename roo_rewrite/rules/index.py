@@ -66,7 +66,7 @@ def index_select(call: Call) -> Batching:
         case("4 3", "i:B 3", call=lambda n, x, i: (x, 0, i)),
         case("7 4", "i:B 2", call=lambda n, x, i: (x, 1, i), declines=True),
         case("B 4", "i:7 2", call=lambda n, x, i: (x, 1, i), declines=True),
-        case("B 4", "i:3 1", call=lambda n, x, i: (x, 1, i[:n]), declines=True),
+        case("B 4", "i:3 1", call=lambda n, x, i: (x, 1, i), declines=True),
         case("B 4", "i:B 4", call=lambda n, x, i: (x, 0, i), declines=True),
     ],
 )
@@ -262,6 +262,7 @@ def one_hot(call: Call) -> Batching:
         case("s:4", "B 3"),
         case("s:B 4", "B 3"),
         case("s:B", "3", declines=True),
+        case("s:B", "B 3", declines=True),
         case("s:7 4", "B 3", declines=True),
     ],
 )
@@ -275,7 +276,7 @@ def searchsorted(call: Call) -> Batching:
         call.replicated("sorter")
         return batched(x.rows)
     rows = common([o for o in (table, x, sorter) if o is not None])
-    if rows is not None and rows.dim == x.ndim - 1:
+    if rows is not None and rows.dim == table.ndim - 1:
         raise NotRowWise("searches among the rows of the batch")
     return batched(rows)
 

@@ -24,6 +24,9 @@ from roo_rewrite.rules.registry import Call, Case, Extent, Operand, Rule, apply,
 PAIR = "pair"
 """The name of the jagged pair in cases."""
 
+JAGGED = ("lengths", "offsets", "starts", "ends")
+"""What a case may say instead of the dims of a tensor."""
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -70,7 +73,7 @@ def draw(shape: str, lengths: Tensor, generator: torch.Generator) -> Drawn:
     batch = len(lengths)
     if shape == "lengths":
         return Drawn(lengths, Lengths(lengths=PAIR))
-    if shape in ("offsets", "starts", "ends"):
+    if shape in JAGGED:
         kind = Offsets(PAIR, first=shape != "ends", last=shape != "starts")
         return Drawn(gather(lengths, kind, torch.arange(batch), lengths), kind)
     prefix, _, dims = shape.rpartition(":")

@@ -210,7 +210,7 @@ _SCAN_CASES = [
     cases=[
         case("B 3", call=lambda n, x: (x, 2)),
         case("3 B", call=lambda n, x: (x, 2, 0)),
-        case("B 3", call=lambda n, x: (x, min(n, 2), 0), declines=True),
+        case("B 3", call=lambda n, x: (x, 1, 0), declines=True),
     ],
 )
 @rule(

@@ -31,7 +31,7 @@ from roo_rewrite.rules.registry import Call, Operand, case, rule
     "aten.scatter.value",
     cases=[
         case("B 4", "i:B 2", call=lambda n, x, i: (x, 1, i, 5)),
-        case("B 4", "i:3 2", call=lambda n, x, i: (x, 1, i[:n], 5), declines=True),
+        case("B 4", "i:3 2", call=lambda n, x, i: (x, 1, i, 5), declines=True),
     ],
 )
 @rule("aten.scatter.value_reduce", cases=[case("B 4", "i:B 2", call=lambda n, x, i: (x, 1, i, 5, {"reduce": "add"}))])
@@ -53,11 +53,11 @@ def scatter(call: Call) -> Batching:
     cases=[
         case("B 4", "b:B 4", call=lambda n, x, m: (x, [m], torch.tensor(9.0).to(x))),
         case("B 4", "b:B", call=lambda n, x, m: (x, [m], torch.tensor([9.0]).to(x))),
-        case("B 4", "i:2", "2", call=lambda n, x, i, v: (x, [None, i], v[:1])),
+        case("B 4", "i:2", "1", call=lambda n, x, i, v: (x, [None, i], v)),
         case("B 4", "#B", "i:B", "B", call=lambda n, x, r, i, v: (x, [r, i], v)),
         case("B 4", "#B", "i:B", "7", call=lambda n, x, r, i, v: (x, [r, i], v), declines=True),
         case("7 4", "#B", "i:B", "B", call=lambda n, x, r, i, v: (x, [r, i], v), declines=True),
-        case("B 4", "i:B", "B", call=lambda n, x, i, v: (x, [None, i], v[:1]), declines=True),
+        case("B 4", "i:B", "1", call=lambda n, x, i, v: (x, [None, i], v), declines=True),
         case("B 4", "b:7 4", call=lambda n, x, m: (x, [m], torch.tensor(9.0).to(x)), declines=True),
         case("B 4", "#B", "i:B", call=lambda n, x, r, i: (x, [r, i], torch.tensor(9.0).to(x))),
         case("B 4", "i:2", call=lambda n, x, i: (x, [i], torch.tensor(9.0).to(x)), declines=True),

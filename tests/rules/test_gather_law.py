@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
+from itertools import islice, product
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,32 @@ def test_the_trace_does_not_matter(op: str) -> None:
         if not a_case.declines:
             found = {law.predict(rule, law.trial(op, a_case, batch)) for batch in (BATCH, 11, 13)}
             assert len(found) == 1
+
+
+def cubes(op: str, a_case: Case) -> Iterator[law.Trial]:
+    """The case with every dim as long as the batch, and the batch in any dim of any of its tensors, or none."""
+    shapes = [re.sub(r"\S+", str(BATCH), s.split(":")[-1]) for s in a_case.shapes]
+    kinds = [s.rpartition(":")[0] for s in a_case.shapes]
+    plain = law.trial(op, replace(a_case, shapes=tuple(f"{k}:{s}" for k, s in zip(kinds, shapes))), BATCH)
+    places = [[Replicated(), *(Rows(dim) for dim in range(d.value.ndim))] for d in plain.drawn]
+    for chosen in islice(product(*places), 1, 40):
+        yield replace(plain, drawn=tuple(replace(d, batching=b) for d, b in zip(plain.drawn, chosen)))
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if not registered()[op].sizes and "empty" not in op])
+def test_no_place_of_the_batch_fools_a_rule(op: str) -> None:
+    rule = registered()[op]
+    for a_case in {c.shapes: c for c in rule.cases}.values():
+        if not a_case.shapes or {"#", "R"} & set("".join(a_case.shapes)) or set(a_case.shapes) & set(law.JAGGED):
+            continue
+        for trial in cubes(op, a_case):
+            try:
+                verdict = law.predict(rule, trial)
+            except (NotRowWise, RuntimeError, IndexError, ValueError):
+                continue
+            for rows in ([3], [6, 5, 0, 0, 1, 2, 2, 4]):
+                found = law.broken(trial, verdict, _rows(rows))
+                assert not found or "cannot be run" in found
 
 
 @pytest.mark.parametrize("op", OPS)
