@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import Range
 from roo_rewrite.kjt import is_kjt, join
-from roo_rewrite.ops.ragged import offsets_of
 
 Kind = Literal["dense", "shared", "values", "lengths", "offsets", "offsets_total"]
 
@@ -85,10 +85,15 @@ class Static(Leaf):
 
 @dataclass(frozen=True)
 class Dense(Leaf):
-    """A tensor with its rows in dim 0, or one half of a jagged pair."""
+    """A tensor with its rows in dim 0, or one half of a jagged pair.
+
+    given: what the caller passes for the lengths of a pair. The atom is always the lengths: offsets count all
+    rows before, so they are made of the lengths at the boundary, where the trace sees it.
+    """
 
     name: str
     atoms: tuple[Atom, ...]
+    given: Kind = "lengths"
 
     def from_impression(self, value: Any) -> list[Tensor]:
         if not isinstance(value, Tensor):
@@ -96,7 +101,7 @@ class Dense(Leaf):
         return [value]
 
     def to_impression(self, atoms: Sequence[Tensor]) -> Any:
-        return atoms[0]
+        return atoms[0] if self.given == "lengths" else as_kind(self.given, atoms[0], atoms[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -238,5 +243,5 @@ def as_kind(kind: Kind, lengths: Tensor, dtype: torch.dtype) -> Tensor:
     """`lengths` written as lengths or offsets."""
     if kind == "lengths":
         return lengths.to(dtype)
-    offsets = offsets_of(lengths).to(dtype)
+    offsets = functional.pad(lengths.cumsum(0), (1, 0)).to(dtype)
     return offsets[:-1] if kind == "offsets" else offsets

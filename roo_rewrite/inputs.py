@@ -7,7 +7,7 @@ rows on the request side; packed columns and KeyedJaggedTensors become a pair (r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -100,7 +100,18 @@ class Inputs:
         held = len(pytree.tree_leaves(given, is_leaf=is_kjt))
         if held != seen:
             raise InputError(f"the call holds {held - seen} values that the example does not have; rewrite with them")
-        return atoms, statics
+        return self._lengths(atoms, self.atoms), statics
+
+    def _lengths(self, tensors: list[Tensor], atoms: Sequence[Atom]) -> list[Tensor]:
+        """The tensors of `atoms`, offsets turned into the lengths they stand for."""
+        given = {leaf.name: leaf.given for leaf in self.leaves if isinstance(leaf, Dense)}
+        values = {a.rows_in: t for a, t in zip(atoms, tensors) if a.kind == "values"}
+        return [
+            lengths_of(replace(a, kind=given[a.name]), t, values[a.name])
+            if given.get(a.name, "lengths") != "lengths"
+            else t
+            for a, t in zip(atoms, tensors)
+        ]
 
     def flatten_side(self, args: Sequence[Any], kwargs: Mapping[str, Any], side: Provenance) -> list[Tensor]:
         """The atoms of one side, from a full request-level call or from one that leaves the other side out.
@@ -117,7 +128,7 @@ class Inputs:
             if mine:
                 value = follow(given, path, leaf.name)
                 atoms += leaf.from_side(value, side)
-        return atoms
+        return self._lengths(atoms, [a for a in self.atoms if a.provenance is side])
 
     def unflatten(
         self, atoms: Sequence[Tensor], level: Provenance, statics: Sequence[Any] | None = None
@@ -153,9 +164,7 @@ class Inputs:
                 out[atom.name] = tensor
             elif atom.kind == "values":
                 keeper = self._atom(atom.rows_in)
-                lengths = lengths_of(keeper, by_name[atom.rows_in], tensor)
-                out[atom.name], chosen = select_ragged(tensor, lengths, rows)
-                out[keeper.name] = as_kind(keeper.kind, chosen, by_name[keeper.name].dtype)
+                out[atom.name], out[keeper.name] = select_ragged(tensor, by_name[keeper.name], rows)
             elif atom.kind == "dense":
                 out[atom.name] = tensor.index_select(0, rows)
         for atom, tensor in zip(self.atoms, atoms):
@@ -202,6 +211,8 @@ def bind_inputs(
 ) -> Inputs:
     """The calling convention of `forward` for this example. Raises SpecError where the spec does not fit."""
     parameters = parameters_of(forward, args, kwargs)
+    if "num_impressions" in (*parameters.names, *parameters.roots):
+        raise SpecError("forward has a parameter num_impressions of its own; wrap the model and give it another name")
     call = (tuple(args), dict(kwargs))
     register_dataclasses(call)
     with_paths, _ = pytree.tree_flatten_with_path(call, is_leaf=is_kjt)
@@ -276,7 +287,9 @@ def _leaf(
         parts = (Atom(f"{name}.request", Provenance.REQUEST), Atom(f"{name}.impression", Provenance.IMPRESSION))
         return Columns(name, parts, spec.request_columns(column_key, value.shape[1]), value.shape[1])
     kind, keeper = pairs.get(name, ("shared" if value.ndim == 0 else "dense", ""))
-    return Dense(name, (Atom(name, sides[name], kind, keeper if kind == "values" else ""),))
+    given: Kind = kind if kind in ("offsets", "offsets_total") else "lengths"
+    kept: Kind = "lengths" if kind in ("offsets", "offsets_total") else kind
+    return Dense(name, (Atom(name, sides[name], kept, keeper if kind == "values" else ""),), given)
 
 
 def _keyed(name: str, kjt: Any, sides: dict[str, Provenance]) -> Keyed:
