@@ -259,7 +259,8 @@ def _computable(expr: sympy.Expr) -> bool:
 
 def identifier(name: str) -> str:
     """An input's name as a Python name."""
-    return re.sub(r"\W", "_", name)
+    written = re.sub(r"\W", "_", name)
+    return f"{written}_" if written in ("self", COUNTS) else written
 
 
 def total_impressions(counts: torch.Tensor) -> int:

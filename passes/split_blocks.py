@@ -92,44 +92,46 @@ def _pointwise(s: Splitter, app: Application) -> Form | None:
     pieces = cut_operands(s, bare, back)
     if not any(all(provenance(f) is not Provenance.IMPRESSION for f in operands(p)) for p in pieces):
         return None
-    made = Blocks(len(small) + back, tuple(together(s, pieces, len(small) + back)))
+    cut_dims = [f.ndim + back for f in operands(bare)]
+    made = Blocks(len(small) + back, tuple(together(s, pieces, len(small) + back, cut_dims)))
     return made if _equal(small, shape) else Expanded(made, shape)
 
 
-def together(s: Splitter, pieces: Sequence[Application], dim: int) -> list[Form]:
+def together(s: Splitter, pieces: Sequence[Application], dim: int, cut_dims: Sequence[int]) -> list[Form]:
     """The op on each piece; pieces that differ only in what they pick of the same tensors run as one.
 
     A thousand pairs of fields are then three products, user-user, user-item and item-item.
+    cut_dims: where the cut lies in each operand; dim: in the result.
     """
     groups: dict[Any, list[int]] = {}
     for i, piece in enumerate(pieces):
-        groups.setdefault(tuple(_source(f) for f in operands(piece)), []).append(i)
+        groups.setdefault(tuple(_source(f, c) for f, c in zip(operands(piece), cut_dims)), []).append(i)
     results: dict[int, Form] = {}
-    for members in groups.values():
-        if len(members) == 1:
-            results[members[0]] = s.apply(pieces[members[0]])
+    for key, members in groups.items():
+        if len(members) == 1 or not any(isinstance(part, tuple) for part in key):
+            results |= dict.fromkeys(members, s.apply(pieces[members[0]]))
             continue
-        whole = s.apply(_joined([pieces[i] for i in members]))
+        whole = s.apply(_joined([pieces[i] for i in members], cut_dims))
         start = 0
         for i in members:
-            size = max(len(f.index) if isinstance(f, Picked) else 1 for f in operands(pieces[i]))
+            size = next(len(f.index) for f, part in zip(operands(pieces[i]), key) if isinstance(part, tuple))  # type: ignore[attr-defined]
             results[i] = pick_form(s, whole, dim, range(start, start + size))
             start += size
     return [results[i] for i in range(len(pieces))]
 
 
-def _source(form: Form) -> Any:
-    """What pieces must share to run as one: the tensor picked from, or the very form."""
-    return (form.base.node, form.dim) if isinstance(form, Picked) else id(form)
+def _source(form: Form, cut: int) -> Any:
+    """What pieces must share to run as one: the tensor picked from along the cut, or the very form."""
+    return (form.base.node, form.dim) if isinstance(form, Picked) and form.dim == cut else id(form)
 
 
-def _joined(pieces: Sequence[Application]) -> Application:
+def _joined(pieces: Sequence[Application], cut_dims: Sequence[int]) -> Application:
     """One application whose picks are those of all pieces, in order."""
-    stock = iter(zip(*(operands(p) for p in pieces)))
+    stock = iter(zip(cut_dims, zip(*(operands(p) for p in pieces))))
 
     def join(form: Form) -> Form:
-        forms = next(stock)
-        if not isinstance(form, Picked):
+        cut, forms = next(stock)
+        if not isinstance(form, Picked) or form.dim != cut:
             return form
         return Picked(form.base, form.dim, tuple(i for f in forms if isinstance(f, Picked) for i in f.index))
 
@@ -301,7 +303,8 @@ def _by_rule(s: Splitter, app: Application) -> Form | None:
         start += size
     if found.inner != 1:
         return Blocks(found.dim, tuple(s.apply(p) for p in pieces))
-    return Blocks(found.dim, tuple(together(s, pieces, found.dim)))
+    cut_dims = [f.dim if isinstance(f, Blocks) else -1 for f in operands(app)]
+    return Blocks(found.dim, tuple(together(s, pieces, found.dim, cut_dims)))
 
 
 def _unexpanded(s: Splitter, app: Application) -> Form | None:
@@ -338,17 +341,18 @@ def cat(s: Splitter, app: Application) -> Form | None:
     if any(not is_static(f.shape[dim]) for f in forms) or len({dtype_of(f) for f in forms}) > 1:
         return None
     parts = [p for f in forms for p in (f.parts if isinstance(f, Blocks) and f.dim == dim else (f,))]
-    made = Blocks(dim, merged_picks(p for p in parts if hint(p.shape[dim])))
+    made = Blocks(dim, merged_picks((p for p in parts if hint(p.shape[dim])), dim))
     structured = any(isinstance(p, (Expanded, Blocks, Sum, Filled)) for p in made.parts)
     return made if len(made.parts) > 1 and (is_mixed(made) or structured) else None
 
 
-def merged_picks(parts: Iterable[Form]) -> tuple[Form, ...]:
-    """Neighbouring picks of one tensor become one."""
+def merged_picks(parts: Iterable[Form], dim: int) -> tuple[Form, ...]:
+    """Neighbouring picks of one tensor along `dim` become one."""
     out: list[Form] = []
     for part in parts:
         before = out[-1] if out else None
-        if isinstance(part, Picked) and isinstance(before, Picked) and _source(part) == _source(before):
+        picks = isinstance(part, Picked) and isinstance(before, Picked)
+        if picks and part.dim == dim and _source(part, dim) == _source(before, dim):
             out[-1] = Picked(part.base, part.dim, (*before.index, *part.index))
         else:
             out.append(part)

@@ -31,9 +31,9 @@ class Device:
     start_ns: float
 
 
-CPU = Device(flops_per_ns=60.0, bytes_per_ns=12.0, start_ns=4_000.0)
+CPU = Device(flops_per_ns=60.0, bytes_per_ns=12.0, start_ns=2_000.0)
 CUDA = Device(flops_per_ns=200_000.0, bytes_per_ns=2_500.0, start_ns=6_000.0)
-NOMINAL_IMPRESSIONS = 1024
+NOMINAL_IMPRESSIONS = 4096
 
 
 @dataclass(frozen=True)

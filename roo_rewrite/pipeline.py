@@ -28,6 +28,7 @@ import passes.lower
 import passes.normalize
 import passes.partition
 import passes.split
+from roo_rewrite import legality
 from roo_rewrite.capture import Captured, capture
 from roo_rewrite.emit import emit, rename
 from roo_rewrite.errors import CaptureError, EquivalenceError, SpecError
@@ -148,6 +149,7 @@ def _build(
     leaves = [*options.leaves, *(p for p in default_leaves(original) if p not in options.leaves)]
     captured = capture(original, inputs, example, statics, leaves)
     passes.normalize.normalize(captured)
+    legality.normalized(captured.graph)
     policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
     program = _compile(captured, inputs, captured.model, policy, options, name)
     trial = Trial(original, program, inputs, statics, name, options.dropout == "per_request")
@@ -155,6 +157,9 @@ def _build(
     if found is not None:
         if options.check:
             raise EquivalenceError(f"the rewritten model differs from the original: {found}", where=found)
+        if options.split != "never":
+            plainer = _build(replace(options, split="never"), model, example, statics, name)
+            return replace(plainer, notes=(*plainer.notes, f"nothing was split, the result failed its check: {found}"))
         return Program(None, None, notes=(f"the rewritten model failed its check and is not used: {found}",))
     model._roo.add_module(name, holder(model, captured))
     return replace(program, empty=not trial.fails_empty(example), notes=tuple(captured.notes))
@@ -177,8 +182,10 @@ def _compile(
     passes.annotate.annotate(captured, inputs, original, policy)
     candidates = _split(captured, options)
     passes.annotate.annotate(captured, inputs, original, policy)
+    legality.annotated(captured.graph)
     plan = passes.partition.partition(captured, options.fanout)
     graph = passes.hoist.hoist(captured, inputs, plan)
+    legality.hoisted(graph)
     passes.lower.lower(graph)
     rename(graph, name)
     return Program(captured, emit(graph), plan=plan, candidates=tuple(candidates))
