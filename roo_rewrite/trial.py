@@ -144,7 +144,8 @@ def _precision(captured: Captured) -> torch.dtype:
     """The lowest floating point precision of the trace."""
     values = (n.meta.get("val") for n in captured.graph.nodes)
     lowered = (d for d in ambient() if d is not None)
-    return max({torch.float64, *lowered, *(v.dtype for v in values if isinstance(v, Tensor))}, key=tolerance)
+    found: set[torch.dtype] = {torch.float64, *lowered, *(v.dtype for v in values if isinstance(v, Tensor))}
+    return max(found, key=tolerance)
 
 
 def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,12 +2,14 @@
 
 A hazard is an `nn.Module` with a class attribute `hoists`: whether something of it must run once per
 request. Its inputs are drawn by the names of its forward's parameters (see `DRAW`): `u...` are request
-inputs, `x...` impression inputs. Optional attributes: `modes` (training flags to try; `MODES` of its file, or eval), `options` (of
-`rewrite`), `refused` (a RooError is the right answer), `caught` (the program may fail its trial).
+inputs, `x...` impression inputs. Optional attributes: `modes` (training flags to try; `MODES` of its file, or
+eval), `options` (of `rewrite`), `refused` (a RooError is the right answer), `caught` (the program may fail its
+trial), `tolerance`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
@@ -143,10 +145,8 @@ def hold(
         want, want_grads = run(truth, lambda: truth(*expanded.values()), [*truth.parameters(), *sides], seed)
     except Exception:  # the original cannot take such a batch; nothing to compare with
         truth.load_state_dict(before)
-        try:
+        with contextlib.suppress(Exception):
             rewritten(*batch.values(), num_impressions=torch.tensor(counts, dtype=torch.long))
-        except Exception:
-            pass
         rewritten.load_state_dict(before)
         return
     number = torch.tensor(counts, dtype=torch.long)

@@ -10,7 +10,6 @@ import torch
 from hazard_parts import Plain
 from torch import Tensor, nn
 
-
 MODES = (False, True)
 
 
