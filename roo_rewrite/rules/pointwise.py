@@ -242,16 +242,17 @@ def like_other(call: Call) -> Batching:
 
 @rule(
     "aten.sub.Tensor",
-    special=(Offsets,),
-    cases=[*_BINARY_CASES, case("ends", "starts"), case("R 2", "2"), case("R 2", "R 1")],
+    special=(Offsets, Lengths),
+    cases=[*_BINARY_CASES, case("ends", "starts"), case("ends", "lengths"), case("R 2", "2"), case("R 2", "R 1")],
 )
 def sub(call: Call) -> Batching:
-    """A difference; that of ends and starts is the lengths."""
+    """A difference; that of ends and starts is the lengths, that of ends and lengths the starts."""
     x, y = call["self"], call["other"]
     if isinstance(x, Operand) and isinstance(x.batching, Offsets) and isinstance(y, Operand):
-        both = Offsets(x.batching.lengths, first=False), Offsets(x.batching.lengths, last=False)
-        if (x.batching, y.batching) == both and call["alpha"] == 1:
-            return Lengths(lengths=x.batching.lengths)
+        starts, lengths = Offsets(x.batching.lengths, last=False), Lengths(lengths=x.batching.lengths)
+        ends = x.batching == Offsets(x.batching.lengths, first=False) and call["alpha"] == 1
+        if ends and y.batching in (starts, lengths):
+            return lengths if y.batching == starts else starts
     return broadcasting(call)
 
 
@@ -311,5 +312,4 @@ no_rule(
     "aten.rrelu.default",
     "aten.rrelu_with_noise_functional.default",
     "aten.randint_like.low_dtype",
-    random=True,
 )

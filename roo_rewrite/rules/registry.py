@@ -73,6 +73,7 @@ class Call:
 
     batch: the batch size of the trace; integers that depend on it are `Extent`s.
     out: shape of each output, as traced. several: whether the op returns a list or a tuple.
+    random: whether it may draw random numbers.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Call:
     batch: int
     out: tuple[tuple[int, ...], ...] = ()
     several: bool = False
+    random: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return self.args[name]
@@ -162,7 +164,6 @@ class Rule:
 class _Registry:
     rules: dict[str, Rule] = field(default_factory=dict)
     declined: dict[str, str] = field(default_factory=dict)
-    random: set[str] = field(default_factory=set)
 
 
 _REGISTRY = _Registry()
@@ -186,13 +187,11 @@ def rule(
     return register
 
 
-def no_rule(reason: str, *ops: str, random: bool = False) -> None:
-    """Records why these ops can have no rule: they mix rows by their nature, or draw random numbers."""
+def no_rule(reason: str, *ops: str) -> None:
+    """Records why these ops can have no rule: they mix rows by their nature, say."""
     for op in ops:
         _once(op)
         _REGISTRY.declined[op] = reason
-        if random:
-            _REGISTRY.random.add(op)
 
 
 def _once(op: str) -> None:
@@ -245,7 +244,8 @@ def make_call(
         given = args[i] if i < len(args) else kwargs.get(argument.name, argument.default_value)
         named[argument.name] = convert(given)
     several = len(schema.returns) > 1 or any(str(r.type).startswith("List") for r in schema.returns)
-    return Call(str(op), named, batch, tuple(tuple(shape) for shape in out), several)
+    random = torch.Tag.nondeterministic_seeded in op.tags
+    return Call(str(op), named, batch, tuple(tuple(shape) for shape in out), several, random)
 
 
 def infer(call: Call) -> Batching:
@@ -255,8 +255,8 @@ def infer(call: Call) -> Batching:
     the caller, who knows them as symbols, confirms that `Rows(dim, outer, inner)` has `outer * B * inner` entries
     in that dim and that no other dim depends on the batch.
     """
-    if not _batched(call):
-        return _constant(call)
+    if not _batched(call) and not call.random:
+        return Several((Replicated(),) * len(call.out)) if call.several else Replicated()
     found = find(call.name)
     if found is None:
         raise NotRowWise(reason_without_rule(call.name))
@@ -293,13 +293,6 @@ def _placed(found: Rule, call: Call) -> Batching:
     if isinstance(x.batching, RowIndex):
         raise NotRowWise("the row numbers arange(B) leave their dim")
     return result
-
-
-def _constant(call: Call) -> Batching:
-    """The result of an op none of whose arguments knows the batch."""
-    if call.name in _REGISTRY.random:
-        raise NotRowWise(reason_without_rule(call.name))
-    return Several((Replicated(),) * len(call.out)) if call.several else Replicated()
 
 
 def _has_extent(value: Any) -> bool:

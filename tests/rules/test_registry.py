@@ -97,6 +97,9 @@ def test_constants_make_constants_with_or_without_a_rule() -> None:
 def test_random_numbers_are_no_constants() -> None:
     with pytest.raises(NotRowWise, match="random"):
         infer(call(aten.rand.default, [4]))
+    with pytest.raises(NotRowWise, match="own mask"):
+        infer(call(aten.dropout.default, W, 0.5, True))
+    assert infer(call(aten.dropout.default, W, 0.5, False)) == Replicated()
 
 
 def test_a_number_that_follows_the_batch_is_refused_where_the_rule_knows_no_sizes() -> None:
