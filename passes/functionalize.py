@@ -182,7 +182,9 @@ def _new_contents(graph: Graph, node: Node, target: Node) -> Node | None:
     match _name(node):
         case "copy_":
             widened = _call(graph, aten.expand_as.default, (args[1], target), {}, target)
-            return _call(graph, aten.clone.default, (_cast(graph, widened, value.dtype, target),), {}, target)
+            source = args[1].meta["val"] if isinstance(args[1], Node) else value
+            same = widened if source.dtype == value.dtype else _cast(graph, widened, value.dtype, target)
+            return _call(graph, aten.clone.default, (same,), {}, target)
         case "zero_":
             return _call(graph, aten.zeros_like.default, (target,), {}, target)
         case "fill_" if not isinstance(args[1], Node):

@@ -25,7 +25,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.functionalize import functionalize, is_effect, keeps, mutated
 from roo_rewrite.capture import BATCH, Captured
-from roo_rewrite.errors import CaptureError
 
 aten = torch.ops.aten
 AUTOCAST = "roo_autocast"
@@ -62,19 +61,10 @@ def _inline(graph: Graph, owner: nn.Module) -> None:
     for node in list(graph.nodes):
         if node.target is hops.wrap_with_set_grad_enabled:
             enabled, body, *args = node.args
-            if not enabled and _enables_grad(owner, body):
-                raise CaptureError("forward turns gradients on again inside of no_grad")
             _splice(graph, owner, node, body, args, detach=not enabled, autocast=node.meta.get(AUTOCAST))
         elif node.target is hops.wrap_with_autocast:
             device, dtype, enabled, cache, body, *args = node.args
             _splice(graph, owner, node, body, args, detach=False, autocast=(device, dtype, enabled, cache))
-
-
-def _enables_grad(owner: nn.Module, body: Any) -> bool:
-    module = owner.get_submodule(str(body.target))
-    assert isinstance(module, GraphModule)
-    inner = [n for n in module.graph.nodes if n.target is torch.ops.higher_order.wrap_with_set_grad_enabled]
-    return any(n.args[0] for n in inner)
 
 
 def _splice(

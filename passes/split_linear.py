@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from passes.forms import (
@@ -30,6 +31,7 @@ from passes.forms import (
     provenance,
     same_shape,
     same_size,
+    with_size,
 )
 from passes.split import Application, Splitter, handles
 from roo_rewrite.facts import Provenance
@@ -68,21 +70,20 @@ class Group:
         return out
 
 
-def atoms_of(s: Splitter, form: Form, columns: tuple[int, ...], coefficient: float = 1.0) -> list[Atom]:
-    """A form contracted over its last dim against these weight columns, as atoms."""
-    last = form.ndim - 1
+def atoms_of(s: Splitter, form: Form, columns: tuple[int, ...], dim: int, coefficient: float = 1.0) -> list[Atom]:
+    """A form contracted over `dim` against these weight columns, as atoms."""
     match form:
-        case Blocks(dim, parts) if dim == last:
+        case Blocks(at, parts) if at == dim:
             out, start = [], 0
             for part, size in zip(parts, form.sizes):
-                out += atoms_of(s, part, columns[start : start + size], coefficient)
+                out += atoms_of(s, part, columns[start : start + size], dim, coefficient)
                 start += size
             return out
-        case Sum(terms, _) if all(same_size(t.shape[-1], form.shape[-1]) for _, t in terms):
-            return [a for c, t in terms for a in atoms_of(s, t, columns, coefficient * c)]
-        case Expanded(inner, _) if same_size(inner.shape[-1], form.shape[-1]):
-            return atoms_of(s, inner, columns, coefficient)
-        case Picked(base, dim, index) if dim == last:
+        case Sum(terms, shape) if all(t.ndim == len(shape) and same_size(t.shape[dim], shape[dim]) for _, t in terms):
+            return [a for c, t in terms for a in atoms_of(s, t, columns, dim, coefficient * c)]
+        case Expanded(inner, _) if same_size(inner.shape[dim], form.shape[dim]):
+            return atoms_of(s, inner, columns, dim, coefficient)
+        case Picked(base, at, index) if at == dim:
             return [Atom(coefficient, base.node, index, columns)]
         case Filled(value, _, _) if value == 0:
             return []
@@ -90,11 +91,12 @@ def atoms_of(s: Splitter, form: Form, columns: tuple[int, ...], coefficient: flo
             return [Atom(coefficient, s.builder.whole(form), None, columns)]
 
 
-def grouped(atoms: Sequence[Atom]) -> list[Group]:
-    """Atoms by side and leading shape, request side first."""
+def grouped(atoms: Sequence[Atom], dim: int) -> list[Group]:
+    """Atoms by side and by shape but for the contracted dim, request side first."""
     groups: list[Group] = []
     for atom in atoms:
-        lead = tuple(atom.node.meta["val"].shape[:-1])
+        shape = tuple(atom.node.meta["val"].shape)
+        lead = (*shape[:dim], *shape[dim + 1 :])
         early = side(atom.node) is not Provenance.IMPRESSION
         for i, group in enumerate(groups):
             if (group.side is not Provenance.IMPRESSION) == early and same_shape(group.lead, lead):
@@ -122,29 +124,44 @@ def linear(s: Splitter, app: Application) -> Form | None:
         return linear_of_normalized(s, x, weight, bias)
     if not (isinstance(x, Sum) or (isinstance(x, Blocks) and x.dim == x.ndim - 1)):
         return None
-    return product(s, x, weight.node, None if bias is None else bias.node)
+    return product(s, x, x.ndim - 1, weight.node, None if bias is None else bias.node, aten.linear.default)
 
 
-def product(s: Splitter, x: Form, weight: Node, bias: Node | None) -> Form | None:
-    """The linear map of x by groups, if that pays."""
+@handles("aten.conv1d.default", "aten.conv2d.default")
+def pointwise_conv(s: Splitter, app: Application) -> Form | None:
+    """A convolution of kernel 1 is a linear map over the channels."""
+    x, weight, bias = app.form("input"), app.form("weight"), app["bias"]
+    rank = 3 if str(app.target) == "aten.conv1d.default" else 4
+    if not isinstance(weight, Whole) or not (bias is None or isinstance(bias, Whole)) or x.ndim != rank:
+        return None
+    if any(n != 1 for n in weight.shape[2:]) or app["groups"] != 1 or any(v != 1 for v in app["stride"]):
+        return None
+    over_channels = isinstance(x, Sum) or (isinstance(x, Blocks) and x.dim == 1)
+    if app["padding"] != [0] * (rank - 2) or not over_channels:
+        return None
+    return product(s, x, 1, weight.node, None if bias is None else bias.node, app.target)
+
+
+def product(
+    s: Splitter, x: Form, dim: int, weight: Node, bias: Node | None, target: OpOverload
+) -> Form | None:
+    """The linear map of x over `dim` by groups, if that pays. weight: [N, K, ...]; `target(x, weight, bias)`."""
     if dtype_of(x) != weight.meta["val"].dtype:
         return None
-    n, k = (int(v) for v in weight.meta["val"].shape)
-    groups = grouped(atoms_of(s, x, tuple(range(k))))
-    shape = (*x.shape[:-1], n)
-    if not groups or not _pays(s, x, groups, shape, k):
+    n, k = (int(v) for v in weight.meta["val"].shape[:2])
+    groups = grouped(atoms_of(s, x, tuple(range(k)), dim), dim)
+    shape = with_size(x.shape, dim, n)
+    if not groups or not _pays(s, x, groups, shape, n, k):
         return None
     terms = []
     for i, group in enumerate(groups):
-        with_bias = bias if i == 0 else None
-        terms.append((1.0, Whole(_multiply(s, group, weight, with_bias))))
+        terms.append((1.0, Whole(_multiply(s, group, dim, weight, bias if i == 0 else None, target))))
     return Sum(tuple(terms), shape)
 
 
-def _pays(s: Splitter, x: Form, groups: Sequence[Group], shape: tuple[object, ...], k: int) -> bool:
+def _pays(s: Splitter, x: Form, groups: Sequence[Group], shape: tuple[object, ...], n: int, k: int) -> bool:
     price, impression = s.price, Provenance.IMPRESSION
     before = price.product(shape, k, impression) + price.move(x.shape)
-    n = shape[-1]
     after = sum(price.product((*g.lead, n), g.inner, g.side) for g in groups)
     after += sum(price.move((*g.lead, g.inner), g.side) for g in groups if len(g.operands()) > 1)
     after += sum(price.move((*g.lead, n), impression, 1.0) for g in groups if g.side is not impression)
@@ -158,23 +175,20 @@ def _unit(side: Provenance) -> str:
     return "impression" if side is Provenance.IMPRESSION else "request"
 
 
-def _multiply(s: Splitter, group: Group, weight: Node, bias: Node | None) -> Node:
+def _multiply(s: Splitter, group: Group, dim: int, weight: Node, bias: Node | None, target: OpOverload) -> Node:
     """One product: operands side by side, their weights likewise."""
     by_operand: dict[tuple[Node, tuple[int, ...] | None], list[Atom]] = {}
     for atom in group.atoms:
         by_operand.setdefault((atom.node, atom.index), []).append(atom)
-    operands, weights = [], []
-    for (node, index), atoms in _merged(by_operand):
-        last = len(group.lead)
-        operands.append(node if index is None else s.builder.pick(node, last, index))
-        weights.append(_weight(s, weight, atoms))
-    x = s.builder.cat(operands, len(group.lead))
-    plain = [a for atoms in by_operand.values() for a in atoms]
-    if len(plain) == len(by_operand) and all(a.coefficient == 1 for a in plain):
-        # Nothing was added: the columns of the weight, each once, in the order of the operands.
-        columns = [c for _, atoms in _merged(by_operand) for c in atoms[0].columns]
-        return s.builder.call(aten.linear.default, x, s.builder.pick(weight, 1, columns), *_optional(bias))
-    return s.builder.call(aten.linear.default, x, s.builder.cat(weights, 1), *_optional(bias))
+    merged = _merged(by_operand)
+    operands = [node if index is None else s.builder.pick(node, dim, index) for (node, index), _ in merged]
+    x = s.builder.cat(operands, dim)
+    if all(len(atoms) == 1 and atoms[0].coefficient == 1 for _, atoms in merged):
+        # Nothing is added: the columns of the weight, each once, in the order of the operands.
+        w = s.builder.pick(weight, 1, [c for _, (atom,) in merged for c in atom.columns])
+    else:
+        w = s.builder.cat([_weight(s, weight, atoms) for _, atoms in merged], 1)
+    return s.builder.call(target, x, w, *([] if bias is None else [bias]))
 
 
 def _merged(
@@ -199,16 +213,12 @@ def _merged(
     return out
 
 
-def _optional(bias: Node | None) -> list[Node]:
-    return [] if bias is None else [bias]
-
-
 def _weight(s: Splitter, weight: Node, atoms: Sequence[Atom]) -> Node:
     """The sum of the weight columns the atoms of one operand meet."""
     terms = tuple((a.coefficient, Picked(Whole(weight), 1, a.columns)) for a in atoms)
     if len(terms) == 1 and terms[0][0] == 1:
         return s.builder.whole(terms[0][1])
-    return s.builder.whole(Sum(terms, (weight.meta["val"].shape[0], len(atoms[0].columns))))
+    return s.builder.whole(Sum(terms, with_size(tuple(weight.meta["val"].shape), 1, len(atoms[0].columns))))
 
 
 @handles("aten.addmm.default")
@@ -220,7 +230,8 @@ def addmm(s: Splitter, app: Application) -> Form | None:
         return None
     if bias.ndim != 1 or (isinstance(x, Blocks) and x.dim != 1):
         return None
-    return product(s, x, s.builder.call(aten.t.default, y.node), bias.node)
+    weight = s.builder.call(aten.t.default, y.node)
+    return product(s, x, 1, weight, bias.node, aten.linear.default)
 
 
 @handles("aten.mm.default", "aten.matmul.default")
@@ -231,5 +242,5 @@ def matmul(s: Splitter, app: Application) -> Form | None:
     x, y = app.form("self"), app.form("mat2" if str(app.target) == "aten.mm.default" else "other")
     over_last = isinstance(x, Sum) or (isinstance(x, Blocks) and x.dim == x.ndim - 1)
     if over_last and isinstance(y, Whole) and y.ndim == 2 and all(is_static(v) for v in y.shape) and x.ndim > 1:
-        return product(s, x, s.builder.call(aten.t.default, y.node), None)
+        return product(s, x, x.ndim - 1, s.builder.call(aten.t.default, y.node), None, aten.linear.default)
     return bilinear(s, app, x, y)

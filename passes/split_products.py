@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import cut_form, refined
+from passes.split_blocks import cut_form, pick_form, refined
 from roo_rewrite.facts import Provenance
 from roo_rewrite.rules.matmul import spelled_out
 
@@ -77,6 +77,9 @@ def _letters(app: Application, x: Form, y: Form) -> tuple[str, str, str] | None:
             if not all(same_size(a, b) for a, b in zip(x.shape[:-2], y.shape[:-2])):
                 return None
             return f"{lead}ik", f"{lead}kj", f"{lead}ij"
+        case "aten.matmul.default" if min(x.ndim, y.ndim) == 2 and x.ndim != y.ndim:
+            lead = _LETTERS[: max(x.ndim, y.ndim) - 2]
+            return f"{lead * (x.ndim > 2)}ik", f"{lead * (y.ndim > 2)}kj", f"{lead}ij"
     return None
 
 
@@ -88,6 +91,8 @@ def _contract(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], emit
     if cut is None:
         x, y = (Whole(s.builder.whole(f)) for f in (x, y))
         return emit(x, y)
+    if cut not in letters[2] and isinstance(x, Blocks) != isinstance(y, Blocks):
+        return _by_side(s, x, y, letters, cut, emit)
     sizes = refined([f.sizes for f, names in zip((x, y), letters) if isinstance(f, Blocks) and names[f.dim] == cut])
     parts, start = [], 0
     for size in sizes:
@@ -105,6 +110,30 @@ def _contract(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], emit
         return parts[0] if len(parts) == 1 else Blocks(letters[2].index(cut), tuple(parts))
     kept = [p for p in parts if not (isinstance(p, Filled) and p.value == 0)]
     return Sum(tuple((1.0, p) for p in kept), parts[0].shape) if len(kept) > 1 else (kept or parts)[0]
+
+
+def _by_side(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], cut: str, emit: Emit) -> Form | None:
+    """One operand in blocks over the contracted letter: a product for each side, however many blocks it has."""
+    blocks, other, at = (x, y, 0) if isinstance(x, Blocks) else (y, x, 1)
+    assert isinstance(blocks, Blocks)
+    sides: dict[bool, tuple[list[Form], list[int]]] = {True: ([], []), False: ([], [])}
+    start = 0
+    for part, size in zip(blocks.parts, blocks.sizes):
+        if not (isinstance(part, Filled) and part.value == 0):
+            parts, places = sides[provenance(part) is not Provenance.IMPRESSION]
+            parts.append(part)
+            places += range(start, start + size)
+        start += size
+    terms: list[tuple[float, Form]] = []
+    for parts, places in sides.values():
+        if parts:
+            mine = _simple(s, parts[0] if len(parts) == 1 else s.op(aten.cat.default, parts, blocks.dim))
+            rest = _simple(s, pick_form(s, other, letters[1 - at].index(cut), places))
+            made = _contract(s, *((mine, rest) if at == 0 else (rest, mine)), letters, emit)
+            if made is None:
+                return None
+            terms.append((1.0, made))
+    return terms[0][1] if len(terms) == 1 else Sum(tuple(terms), terms[0][1].shape)
 
 
 def _next_cut(x: Form, y: Form, letters: tuple[str, str, str]) -> str | None:
