@@ -61,6 +61,15 @@ def function(graph: Graph) -> tuple[Callable[..., tuple[Any, ...]], str]:
     return made, code.src
 
 
+def runnable(graph: Graph, name: str) -> Callable[..., tuple[Any, ...]]:
+    """A graph between two passes as a function of the model and its placeholders; the graph is left alone."""
+    copied = Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    rename(copied, name)
+    _explicit_autocast(copied)
+    return function(copied)[0]
+
+
 def split_parts(graph: Graph) -> tuple[Graph, Graph, tuple[str, ...]]:
     """The request part, the impression part, and the names of the residuals between them."""
     nodes = list(graph.nodes)

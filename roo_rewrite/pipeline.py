@@ -14,12 +14,13 @@ What cannot be captured or fails its check runs as F(E(U), x): the original on b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
 import passes.annotate
@@ -31,6 +32,7 @@ import passes.split
 from roo_rewrite import legality
 from roo_rewrite.capture import Captured, capture
 from roo_rewrite.emit import emit, rename
+from roo_rewrite.equivalence import draw_batch
 from roo_rewrite.errors import CaptureError, EquivalenceError, SpecError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec
@@ -39,7 +41,7 @@ from roo_rewrite.leaves import default_leaves
 from roo_rewrite.module import RequestModel
 from roo_rewrite.program import Program, holder
 from roo_rewrite.purity import random_kept, settings, twin
-from roo_rewrite.trial import Trial
+from roo_rewrite.trial import Stages, Trial, furnished
 
 DEFAULT_FANOUT = 16.0
 
@@ -148,10 +150,10 @@ def _build(
     original, inputs = model._original, model._inputs
     leaves = [*options.leaves, *(p for p in default_leaves(original) if p not in options.leaves)]
     captured = capture(original, inputs, example, statics, leaves)
+    stages = _stages(options, captured, inputs, original, example, name)
     passes.normalize.normalize(captured)
     legality.normalized(captured.graph)
-    policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
-    program = _compile(captured, inputs, captured.model, policy, options, name)
+    program = _compile(captured, inputs, options, name, stages)
     trial = Trial(original, program, inputs, statics, name, options.dropout == "per_request")
     found = trial.mismatch(example)
     if found is not None:
@@ -176,16 +178,31 @@ def _split(captured: Captured, options: Options) -> Sequence[Any]:
         return ()
 
 
+def _stages(
+    options: Options, captured: Captured, inputs: Inputs, original: nn.Module, example: Sequence[Tensor], name: str
+) -> Callable[[str, Graph, Provenance], None]:
+    """What is done with the graph after each pass: it is run against the trace where `check` asks for it."""
+    if not options.check:
+        return lambda stage, graph, level: None
+    batch = draw_batch(inputs, example, [2, 0, 3], torch.Generator().manual_seed(0))
+    return Stages(lambda: furnished(original, captured, name), captured, batch, inputs, name).after
+
+
 def _compile(
-    captured: Captured, inputs: Inputs, original: nn.Module, policy: passes.annotate.Policy, options: Options, name: str
+    captured: Captured, inputs: Inputs, options: Options, name: str, after: Callable[[str, Graph, Provenance], None]
 ) -> Program:
-    passes.annotate.annotate(captured, inputs, original, policy)
+    policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
+    after("normalize", captured.graph, Provenance.IMPRESSION)
+    passes.annotate.annotate(captured, inputs, captured.model, policy)
     candidates = _split(captured, options)
-    passes.annotate.annotate(captured, inputs, original, policy)
+    after("split", captured.graph, Provenance.IMPRESSION)
+    passes.annotate.annotate(captured, inputs, captured.model, policy)
     legality.annotated(captured.graph)
     plan = passes.partition.partition(captured, options.fanout)
     graph = passes.hoist.hoist(captured, inputs, plan)
     legality.hoisted(graph)
+    after("hoist", graph, Provenance.REQUEST)
     passes.lower.lower(graph)
+    after("lower", graph, Provenance.REQUEST)
     rename(graph, name)
     return Program(captured, emit(graph), plan=plan, candidates=tuple(candidates))

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from roo_rewrite.calls import ambient, without_empty
 from roo_rewrite.capture import Captured
+from roo_rewrite.emit import runnable
 from roo_rewrite.equivalence import Batch, compare, distance, draw_batch, gradients_differ, noise, shaken, tolerance
+from roo_rewrite.errors import EquivalenceError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import tensors_of
@@ -40,12 +43,10 @@ class Trial:
     ):
         """shared_masks: dropout is drawn per request, which no seed makes equal to the original's."""
         assert program.captured is not None
-        self.truth, self.other = twin(original), twin(original)
+        self.truth, self.other = twin(original), furnished(original, program.captured, name)
         self.program, self.inputs, self.statics = program, inputs, statics
         self.noise = SteadyNoise if shared_masks else contextlib.nullcontext
         self.precision = _precision(program.captured)
-        self.other.add_module("_roo", nn.Module())
-        self.other.get_submodule("_roo").add_module(name, holder(self.other, program.captured))
 
     def mismatch(self, example: Sequence[Tensor]) -> str | None:
         """What differs on small batches, in words: outputs, buffers after the call, gradients."""
@@ -138,6 +139,41 @@ class Trial:
             if distance(got, want, noise(truth)) > max(1e-6, 50 * tolerance(wrt.dtype), 10 * tolerance(self.precision)):
                 return f"the gradient of {name!r} is off"
         return None
+
+
+def furnished(original: nn.Module, captured: Captured, name: str) -> nn.Module:
+    """A copy of the model with what the emitted code of program `name` looks up in it."""
+    made = twin(original)
+    made.add_module("_roo", nn.Module())
+    made.get_submodule("_roo").add_module(name, holder(made, captured))
+    return made
+
+
+class Stages:
+    """With `check=True`: the graph is run after every pass, on one batch, against the original."""
+
+    def __init__(self, trial_of: Callable[[], nn.Module], captured: Captured, batch: Batch, inputs: Inputs, name: str):
+        """trial_of: makes a fresh copy of the model, with what leaves and constants need under `_roo`."""
+        self.trial_of, self.inputs, self.name = trial_of, inputs, name
+        self.precision = _precision(captured)
+        self.levels = {
+            Provenance.IMPRESSION: batch.expanded(inputs),
+            Provenance.REQUEST: [*(flat := without_empty(inputs, batch.atoms, batch.counts))[0], flat[1]],
+        }
+        self.expected = self._run(captured.graph, Provenance.IMPRESSION)
+
+    def _run(self, graph: Graph, level: Provenance) -> list[Tensor]:
+        run = runnable(graph, self.name)
+        atoms = [t.detach().clone() for t in self.levels[level]]
+        with random_kept(), torch.no_grad(), SteadyNoise():
+            torch.manual_seed(0)
+            return tensors_of(run(self.trial_of(), *atoms))
+
+    def after(self, stage: str, graph: Graph, level: Provenance) -> None:
+        """Raises EquivalenceError where `graph`, which `stage` left behind, gives something else than the trace."""
+        found = compare(self._run(graph, level), self.expected, precision=self.precision)
+        if found is not None:
+            raise EquivalenceError(f"{stage} changed the result: {found}", where=found)
 
 
 def _precision(captured: Captured) -> torch.dtype:

@@ -294,6 +294,8 @@ def problem(steps: tuple[Step, ...], seed: int, split: str) -> str:
             split=split,  # type: ignore[arg-type]
         )
         roo.verify(model, rewritten, batches=5, seed=seed)
+    except roo.CaptureError as e:
+        return "?" + str(e)
     except roo.EquivalenceError as e:
         return "?" + str(e) if "nothing was verified" in str(e) else str(e)
     except Exception as e:  # anything else is a fault too

@@ -231,7 +231,7 @@ class NoGradInside(Plain):
 
 
 class GradInsideNoGrad(Plain):
-    hoists = False
+    hoists = True
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
         with torch.no_grad():

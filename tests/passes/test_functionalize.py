@@ -1,0 +1,110 @@
+"""functionalize: in-place ops become values, or are marked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from passes.functionalize import EFFECT, functionalize
+from passes.normalize import normalize
+
+
+def fills(m: Any, u: Any, x: Any) -> Any:
+    y = u * 2
+    y[:, 0] = 0.5
+    return y + x
+
+
+def chained(m: Any, u: Any, x: Any) -> Any:
+    y = u * 2
+    y.t()[1].add_(1)
+    return y + x
+
+
+def seen_through_a_view(m: Any, u: Any, x: Any) -> Any:
+    y = u * 2
+    view = y[:, :2]
+    y.add_(1)
+    return view.sum(1) + x.sum(1)
+
+
+def copied(m: Any, u: Any, x: Any) -> Any:
+    y = u * 2
+    y.copy_(x)
+    return y + 1
+
+
+def split(m: Any, u: Any, x: Any) -> Any:
+    y = u.detach() * 2
+    first, _ = y.split([1, 3], 1)
+    first.mul_(3)
+    return y + x
+
+
+CASES: dict[str, tuple[Callable[..., Any], str]] = {
+    "select": (fills, "select_scatter("),
+    "transpose and select": (chained, "select_scatter(t, add_tensor, 0, 1)"),
+    "a view of what was written": (seen_through_a_view, "slice(add_"),
+    "copy_": (copied, "clone(expand_as_default)"),
+    "a part of a split": (split, "slice_scatter(mul, mul_tensor, 1, 0, 1)"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_write_is_left_and_the_value_is_the_same(
+    name: str, captured: Callable[..., Any], printed: Callable[..., str]
+) -> None:
+    function, expected = CASES[name]
+    trace, _ = captured(function)
+    functionalize(trace.graph)
+    text = printed(trace.graph)
+    assert expected in text
+    assert not any(EFFECT in n.meta for n in trace.graph.nodes)
+    assert not any("_(" in line for line in text.splitlines())
+
+
+def marked(graph: torch.fx.Graph) -> set[str]:
+    return {n.name for n in graph.nodes if EFFECT in n.meta}
+
+
+def test_a_write_into_a_buffer_is_an_effect(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(lambda m, u, x: (m.m.add_(u.sum(0).detach()), u + x)[1])
+    functionalize(trace.graph)
+    assert {"m", "add_"} <= marked(trace.graph)
+
+
+def test_a_write_past_autograd_is_an_effect(captured: Callable[..., Any]) -> None:
+    def function(m: Any, u: Any, x: Any) -> Any:
+        h = u @ m.w
+        with torch.no_grad():
+            h.clamp_(0, 1)
+        return h + x
+
+    trace, _ = captured(function)
+    normalize(trace)
+    assert any(name.startswith("clamp_") for name in marked(trace.graph))
+    assert any(name.startswith("matmul") for name in marked(trace.graph))
+
+
+def test_a_write_into_an_input_is_a_write_into_a_copy(
+    captured: Callable[..., Any], printed: Callable[..., str]
+) -> None:
+    trace, _ = captured(lambda m, u, x: (u.detach().mul_(2), u + x)[1])
+    normalize(trace)
+    assert "clone(u)" in printed(trace.graph)
+    assert not any(EFFECT in n.meta for n in trace.graph.nodes if n.op == "placeholder")
+
+
+def test_statistics_of_two_norms_keep_their_order(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(lambda m, u, x: m.norm(x) + m.norm(u), training=True)
+    normalize(trace)
+    assert {"batch_norm", "batch_norm_1"} <= marked(trace.graph)
+
+
+def test_statistics_of_one_norm_are_no_effect(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(lambda m, u, x: m.norm(u) + x, training=True)
+    normalize(trace)
+    assert "batch_norm" not in marked(trace.graph)

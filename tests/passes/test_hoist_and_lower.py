@@ -1,0 +1,106 @@
+"""hoist: request nodes first, one broadcast for each value that crosses; lower: what a broadcast is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import Graph
+
+from passes.annotate import Policy, annotate
+from passes.hoist import SIDE, hoist
+from passes.lower import lower
+from passes.normalize import normalize
+from passes.partition import Partition, partition
+from roo_rewrite.emit import emit
+from roo_rewrite.facts import Provenance
+from roo_rewrite.legality import IllegalGraph, hoisted
+from roo_rewrite.ops.broadcast import jagged_broadcast
+
+COUNTS = torch.tensor([2, 0, 3])
+
+
+def hoist_of(
+    captured: Callable[..., Any], function: Callable[..., Any], fanout: float = 1000.0, training: bool = False
+) -> tuple[Graph, Partition, Any]:
+    trace, inputs = captured(function, training)
+    normalize(trace)
+    annotate(trace, inputs, trace.model, Policy())
+    plan = partition(trace, fanout)
+    graph = hoist(trace, inputs, plan)
+    hoisted(graph)
+    return graph, plan, trace
+
+
+def tower(m: Any, u: Any, x: Any) -> Any:
+    return torch.cat([torch.relu(u @ m.w), x], 1)
+
+
+def test_the_example_of_the_docstring(captured: Callable[..., Any], printed: Callable[..., str]) -> None:
+    graph, plan, _ = hoist_of(captured, tower)
+    assert [n.name for n in plan.residuals] == ["relu"]
+    assert printed(graph).splitlines() == [
+        "matmul = matmul(u, w)",
+        "relu = relu(matmul)",
+        "request_of = request_of(counts, sym_size_int)",
+        "jagged_broadcast = jagged_broadcast(relu, request_of, 0, 1, 1)",
+        "cat = cat([jagged_broadcast, x], 1)",
+        "return [cat]",
+    ]
+    lower(graph)
+    text = printed(graph)
+    assert "jagged_broadcast(" not in text
+    assert "index_select(relu, 0, repeat_interleave" in text
+
+
+def test_a_value_crosses_once_however_many_read_it(captured: Callable[..., Any]) -> None:
+    graph, _, _ = hoist_of(captured, lambda m, u, x: (h := torch.relu(u @ m.w)) * x + h.sum(1, True) / (h + x))
+    assert sum(n.target is jagged_broadcast for n in graph.nodes) == 2
+
+
+@pytest.mark.parametrize(
+    ("function", "training"),
+    [
+        (tower, False),
+        (lambda m, u, x: (u @ m.w).reshape(-1, 2) * x.reshape(-1, 2), False),
+        (lambda m, u, x: torch.zeros(u.shape[0], 4) + torch.relu(u @ m.w) * x, False),
+        (lambda m, u, x: torch.relu(u @ m.w)[: min(u.shape[0], 2)], False),
+        (lambda m, u, x: torch.tanh(m.norm(u)) * x, True),
+        (lambda m, u, x: torch.relu(u @ m.w) - torch.relu(u @ m.w).mean(0) + x, False),
+        (lambda m, u, x: torch.relu(u @ m.w), False),
+    ],
+)
+def test_the_emitted_function_computes_the_original_on_the_expanded_batch(
+    captured: Callable[..., Any], function: Callable[..., Any], training: bool
+) -> None:
+    graph, _, trace = hoist_of(captured, function, training=training)
+    lower(graph)
+    u, x = torch.randn(3, 4), torch.randn(5, 4)
+    made = emit(graph)
+    (got,) = made.whole(trace.model, u, x, COUNTS)
+    rows = u[[0, 0, 2, 2, 2]]
+    torch.testing.assert_close(got, trace.model(rows, x), rtol=1e-4, atol=1e-5)
+    (parts,) = made.impression(trace.model, *made.request(trace.model, u, COUNTS), x, COUNTS)
+    torch.testing.assert_close(parts, got, rtol=1e-4, atol=1e-5)
+
+
+def test_a_value_crosses_before_it_grows(captured: Callable[..., Any]) -> None:
+    _, plan, _ = hoist_of(captured, lambda m, u, x: torch.tanh((u @ m.w).repeat(1, 64)) + x.repeat(1, 64), fanout=1.0)
+    assert "repeat" not in {n.name for n in plan.residuals}
+
+
+def test_a_read_without_a_broadcast_is_illegal(captured: Callable[..., Any]) -> None:
+    graph, _, _ = hoist_of(captured, tower)
+    cross = next(n for n in graph.nodes if n.target is jagged_broadcast)
+    cross.replace_all_uses_with(cross.args[0])
+    with pytest.raises(IllegalGraph, match="without a broadcast"):
+        hoisted(graph)
+
+
+def test_a_request_node_that_reads_an_impression_is_illegal(captured: Callable[..., Any]) -> None:
+    graph, _, _ = hoist_of(captured, tower)
+    next(n for n in graph.nodes if n.name == "cat").meta[SIDE] = Provenance.REQUEST
+    with pytest.raises(IllegalGraph, match="reads"):
+        hoisted(graph)

@@ -1,0 +1,66 @@
+"""normalize: one way to say each thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from passes.normalize import AUTOCAST, normalize
+from roo_rewrite.legality import IllegalGraph, normalized
+
+
+def no_grad(m: Any, u: Any, x: Any) -> Any:
+    with torch.no_grad():
+        h = torch.relu(u)
+    return h + x
+
+
+CASES = {
+    "no_grad becomes a detach": (
+        no_grad,
+        "detach_default = detach(u)\nrelu_1 = relu(detach_default)\nadd = add(relu_1, x)",
+    ),
+    "a slice of everything is dropped": (lambda m, u, x: u[:] + x, "add = add(u, x)"),
+    "a slice of some stays": (lambda m, u, x: u[:, 1:] + x[:, 1:], "slice_2 = slice(u, 1, 1, 9223372036854775807)"),
+    "dropout that is off is dropped": (lambda m, u, x: F.dropout(u, 0.5, False) + x, "add = add(u, x)"),
+    "dropout that is on stays": (lambda m, u, x: F.dropout(u, 0.5, True) + x, "dropout = dropout(u, 0.5, True)"),
+    "squeeze names its dims": (
+        lambda m, u, x: u.unsqueeze(1).squeeze() + x,
+        "squeeze_dims = squeeze(unsqueeze, [1])",
+    ),
+    "squeeze of a dim that is not 1 is dropped": (lambda m, u, x: u.squeeze(0) + x, "add = add(u, x)"),
+    "a view is a reshape": (lambda m, u, x: u.view(-1, 2, 2) + 1, "reshape_default = reshape(u, [-1, 2, 2])"),
+    "a view to its own shape is dropped": (lambda m, u, x: u.view(-1, 4) + x, "add = add(u, x)"),
+    "a draw nobody reads stays": (lambda m, u, x: (torch.rand(3), u + x)[1], "rand = rand([3])"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_before_and_after(name: str, captured: Callable[..., Any], printed: Callable[..., str]) -> None:
+    function, expected = CASES[name]
+    trace, _ = captured(function)
+    normalize(trace)
+    normalized(trace.graph)
+    assert expected in printed(trace.graph)
+
+
+def test_autocast_is_marked_on_its_nodes(captured: Callable[..., Any]) -> None:
+    def function(m: Any, u: Any, x: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            h = u @ m.w
+        return h.float() + x
+
+    trace, _ = captured(function)
+    normalize(trace)
+    marked = {n.name: n.meta.get(AUTOCAST) for n in trace.graph.nodes if n.op == "call_function"}
+    assert [name for name, mark in marked.items() if mark] == ["matmul_1"]
+
+
+def test_a_graph_that_still_writes_is_illegal(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(lambda m, u, x: (u * 1).add_(x))
+    with pytest.raises(IllegalGraph, match="writes"):
+        normalized(trace.graph)
