@@ -44,7 +44,7 @@ def to_impressions(
     with working(out, {"parts": fingerprint(tuple(paths)), "memory": memory}) as work:
         tables = _in_order(manifest, paths, work, memory, progress or (lambda stage, done, total, rows: None))
         partial = work / "out.parquet"
-        rows = _write(partial, tables, manifest.columns.schema, level, _rows_within(manifest, memory // 16))
+        rows = _write(partial, tables, manifest.columns.schema, level, _rows_within(manifest, memory // 40))
         if rows != manifest.impressions:
             raise DataError(f"{requests} promises {manifest.impressions} impressions, its parts hold {rows}")
         sync(partial)
@@ -59,8 +59,8 @@ def _rows_within(manifest: Manifest, size: int) -> int:
 
 
 def _in_order(manifest: Manifest, paths: list[str], work: Path, memory: int, progress: Progress) -> Iterator[pa.Table]:
-    rows = _rows_within(manifest, memory // 16)
-    columns = manifest.columns
+    rows = _rows_within(manifest, memory // 40)
+    columns, pool = manifest.columns, pa.default_memory_pool()
     if not columns.position:
         for i, path in enumerate(paths):
             yield from _expanded(path, rows)
@@ -79,9 +79,11 @@ def _in_order(manifest: Manifest, paths: list[str], work: Path, memory: int, pro
             with shuffle.SliceWriter(target, schema, POSITION, edges) as writer:
                 for table in _expanded(path, rows):
                     writer.add(_by_position(table, keep=True))
+                    pool.release_unused()
         progress("map", i + 1, len(paths), manifest.parts[i].impressions)
     for bucket in range(len(edges) - 1):
         yield _by_position(pa.concat_tables(shuffle.read_slices(slices, schema, bucket)))
+        pool.release_unused()
         progress("write", bucket + 1, len(edges) - 1, int(edges[bucket + 1] - edges[bucket]))
 
 

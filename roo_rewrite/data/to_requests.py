@@ -69,7 +69,7 @@ class Job:
     @property
     def batch_rows(self) -> int:
         """Rows handled at once in the map step."""
-        return int(np.clip(self.memory // 16 // self.source.row_bytes(self.columns.schema.names), 64, 1 << 16))
+        return int(np.clip(self.memory // 32 // self.source.row_bytes(self.columns.schema.names), 64, 1 << 16))
 
     @property
     def direct(self) -> bool:
@@ -103,7 +103,7 @@ class Local:
 
     def ordinals(self, job: Job) -> Iterator[Any]:
         """See Engine."""
-        return plan.duck_ordinals(job.source, job.columns, job.work, job.memory // 2, job.threads)
+        return plan.duck_ordinals(job.source, job.columns, job.work, job.memory // 3, job.threads)
 
     def run(self, task: Callable[[Job, int], Any], job: Job, items: list[int]) -> Iterator[Any]:
         """See Engine."""
@@ -217,7 +217,7 @@ def _edges(counts: npt.NDArray[np.int64], job: Job) -> npt.NDArray[np.int64]:
         return np.array([0, len(counts)])
     request, impression = (job.source.row_bytes(c) for c in (job.columns.request, job.columns.impression))
     sizes = np.cumsum(request + impression * counts)
-    bucket = (sizes - 1) // max(1, min(job.memory // 8, PART_BYTES))
+    bucket = (sizes - 1) // max(1, min(job.memory // 16, PART_BYTES))
     starts = np.flatnonzero(np.diff(bucket, prepend=-1))
     return np.append(starts, len(counts)).astype(np.int64)
 
@@ -254,6 +254,7 @@ def map_unit(job: Job, i: int) -> int:
         for once_each, impressions in _batches(job, i):
             requests.add(once_each)
             rest.add(impressions)
+            pa.default_memory_pool().release_unused()
     return job.source.units[i].rows
 
 
@@ -294,7 +295,7 @@ def _combined(tables: Iterator[pa.Table], job: Job) -> pa.Table:
     held: list[pa.Table] = []
     for table in tables:
         held.append(table)
-        if len(held) > 1 and sum(t.nbytes for t in held) > job.memory // 8:
+        if len(held) > 1 and sum(t.nbytes for t in held) > job.memory // 16:
             held = [_once(pa.concat_tables(held), job)]
     return pa.concat_tables(held)
 
@@ -313,10 +314,11 @@ def _row_groups(requests: pa.Table, impressions: pa.Table, job: Job) -> Iterator
     if not job.columns.position:
         impressions = impressions.drop_columns([POSITION])
     row_bytes = job.source.row_bytes(job.columns.schema.names)
-    most = int(np.clip(job.memory // 16 // row_bytes, 1024, GROUP_IMPRESSIONS))
+    most = int(np.clip(job.memory // 32 // row_bytes, 1024, GROUP_IMPRESSIONS))
     ends = np.searchsorted(impressions[ORDINAL].to_numpy(), requests[ORDINAL].to_numpy(), side="right")
     at = 0
     for stop in Bounds(impressions=most).cuts(np.diff(ends, prepend=0)):
         first, last = (int(ends[at - 1]) if at else 0), int(ends[stop - 1])
+        pa.default_memory_pool().release_unused()
         yield nest(requests.slice(at, stop - at), impressions.slice(first, last - first), job.columns)
         at = stop

@@ -84,3 +84,16 @@ def test_a_bad_size_is_bad_usage(run, tmp_path):
     result = run("to-impressions", tmp_path, tmp_path / "x.parquet", "--memory", "lots")
     assert result.exit_code == 2
     assert "no size" in result.output
+
+
+def test_bad_input_exits_with_2_and_names_the_file(small_log, write, tmp_path, spec_file):
+    from roo_rewrite.cli import main
+
+    log = write(small_log([1, 2]))
+    log.write_bytes(log.read_bytes()[:-9])
+    args = ["data", "to-requests", str(log), str(tmp_path / "out"), "--request-id", "rid", "--spec", str(spec_file)]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 2
+    assert f"error: {log} cannot be read as Parquet" in result.stderr
+    assert not (tmp_path / "out").exists()
+    assert CliRunner().invoke(main, ["infer-spec", str(log), "--request-id", "r", "--out", "x"]).exit_code == 2

@@ -14,12 +14,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import duckdb
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
@@ -29,7 +30,7 @@ from make_logs import SHAPES, SPEC, write_log
 from roo_rewrite.data.read import RequestDataset
 from roo_rewrite.data.store import Writing, best_encodings
 from roo_rewrite.data.tensors import as_tensor
-from roo_rewrite.data.to_impressions import to_impressions
+from roo_rewrite.data.to_impressions import regrouped, to_impressions
 from roo_rewrite.data.to_requests import to_requests
 from roo_rewrite.features import FeatureSpec
 
@@ -156,6 +157,17 @@ def peak(work: str) -> float:
     return float(done.stdout.split()[-1])
 
 
+def same_rows(a: Path, b: Path) -> Iterator[int]:
+    """Rows of each pair of equal batches of two logs, in order."""
+    with pq.ParquetFile(a) as one, pq.ParquetFile(b) as other:
+        for x, y in zip(regrouped(_tables(one), 8192), regrouped(_tables(other), 8192), strict=True):
+            yield x.num_rows if x.equals(y) else 0
+
+
+def _tables(file: pq.ParquetFile) -> Iterator[pa.Table]:
+    return (pa.Table.from_batches([batch]) for batch in file.iter_batches(8192))
+
+
 @click.group()
 def main() -> None:
     """Figures of request-level data."""
@@ -213,11 +225,11 @@ def memory(limit: int, times: int, profile: str) -> None:
         rest = f"user='user_id', time='time', memory={limit << 20}"
         forward = peak(f"to_requests({given}, 'request_id', {rest})")
         reverse = peak(f"to_impressions({str(out)!r}, {str(back)!r}, memory={limit << 20})")
-        same = duckdb.sql(f"SELECT count(*) FROM (FROM '{log}' EXCEPT ALL FROM '{back}')").fetchall()[0]
+        back_rows = sum(same_rows(log, back))
         click.echo(
             f"{rows:,} impressions, limit {limit} MiB: to-requests {forward:.0f} MiB, to-impressions {reverse:.0f} MiB"
         )
-        click.echo(f"rows that did not come back: {same[0]}")
+        click.echo(f"rows that came back the same, in order: {back_rows:,}")
 
 
 if __name__ == "__main__":
