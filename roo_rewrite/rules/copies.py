@@ -18,7 +18,9 @@ def _x(call: Call) -> Operand:
 @rule(
     "aten.repeat.default",
     sizes=("repeats",),
+    places=True,
     cases=[
+        case("#B 1", call=lambda n, x: (x, [1, 3])),
         case("B 3", call=lambda n, x: (x, [1, 2])),
         case("B 3", call=lambda n, x: (x, [2, 1, 1])),
         case("1 3", call=lambda n, x: (x, [n, 2])),

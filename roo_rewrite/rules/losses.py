@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Replicated, Rows
 from roo_rewrite.rules.concat import common
@@ -116,5 +118,4 @@ def _without_classes(x: Operand) -> Operand:
     rows: Rows | None = x.rows
     if rows is not None and rows.dim == 1:
         raise NotRowWise("the batch is the class dim")
-    shape = (x.shape[0], *x.shape[2:])
-    return Operand(shape, batched(rows if rows is None else shifted(rows, -int(rows.dim > 1))), x.dtype)
+    return replace(x, batching=batched(rows and shifted(rows, -int(rows.dim > 1))))

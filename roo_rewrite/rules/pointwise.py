@@ -259,7 +259,12 @@ def sub(call: Call) -> Batching:
 @rule(
     "aten.mul.Tensor",
     special=(RowIndex,),
-    cases=[*_BINARY_CASES, case("#B", call=lambda n, x: (x, 3))],
+    cases=[
+        *_BINARY_CASES,
+        case("#B", call=lambda n, x: (x, 3)),
+        case("#B", call=lambda n, x: (x, 1)),
+        case("#B", call=lambda n, x: (x, -1), declines=True),
+    ],
 )
 def mul(call: Call) -> Batching:
     """A product; that of the row numbers with an integer is every so many numbers."""

@@ -58,6 +58,8 @@ def scatter(call: Call) -> Batching:
         case("B 4", "#B", "i:B", "7", call=lambda n, x, r, i, v: (x, [r, i], v), declines=True),
         case("7 4", "#B", "i:B", "B", call=lambda n, x, r, i, v: (x, [r, i], v), declines=True),
         case("B 4", "i:B", "1", call=lambda n, x, i, v: (x, [None, i], v), declines=True),
+        case("4 7", "i:2", "2 B", call=lambda n, x, i, v: (x, [i], v), declines=True),
+        case("4 3", "i:B", call=lambda n, x, i: (x, [i], torch.tensor(9.0).to(x)), declines=True),
         case("B 4", "b:7 4", call=lambda n, x, m: (x, [m], torch.tensor(9.0).to(x)), declines=True),
         case("B 4", "#B", "i:B", call=lambda n, x, r, i: (x, [r, i], torch.tensor(9.0).to(x))),
         case("B 4", "i:2", call=lambda n, x, i: (x, [i], torch.tensor(9.0).to(x)), declines=True),

@@ -245,7 +245,12 @@ def diagonal(call: Call) -> Batching:
 
 @rule(
     "aten.diag_embed.default",
-    cases=[case("B 3"), case("B 3", call=lambda n, x: (x, 1, 0, 2)), case("3 B", declines=True)],
+    cases=[
+        case("B 3"),
+        case("B 3", call=lambda n, x: (x, 1, 0, 2)),
+        case("B 3", call=lambda n, x: (x, 0, 0, 1)),
+        case("3 B", declines=True),
+    ],
 )
 def diag_embed(call: Call) -> Batching:
     """The last dim laid along the diagonal of two new ones."""

@@ -23,12 +23,12 @@ OFFSETS = Operand((BATCH + 1,), Offsets("hist"), torch.int64)
 VALUES = Operand((10, 2), Ragged("hist"))
 
 
-def joint() -> Iterator[tuple[str, Case]]:
-    """The cases that hold, and have several jagged operands."""
+def joint(least: int) -> Iterator[tuple[str, Case]]:
+    """The cases that hold, and have so many jagged operands at least."""
     for op, rule in sorted(registered().items()):
         for a_case in rule.cases:
             jagged = sum(shape.split(":")[-1].split(" ")[0] in ("R", *law.JAGGED) for shape in a_case.shapes)
-            if jagged > 1 and not a_case.declines and (find_spec("fbgemm_gpu") or not op.startswith("fbgemm.")):
+            if jagged >= least and not a_case.declines and (find_spec("fbgemm_gpu") or not op.startswith("fbgemm.")):
                 yield op, a_case
 
 
@@ -44,7 +44,7 @@ def infer_call(op: Any, *args: Any, out: Any = ((BATCH, 2),), **kwargs: Any) -> 
     return infer(make_call(op, args, kwargs, lambda value: value, BATCH, out))
 
 
-@pytest.mark.parametrize(("op", "a_case"), list(joint()), ids=str)
+@pytest.mark.parametrize(("op", "a_case"), list(joint(2)), ids=str)
 def test_each_operand_must_belong_to_the_same_pair(op: str, a_case: Case) -> None:
     for i, drawn in enumerate(law.trial(op, a_case, BATCH).drawn):
         if isinstance(drawn.batching, (Ragged, Offsets, Lengths)):
@@ -59,7 +59,7 @@ def test_each_operand_must_belong_to_the_same_pair(op: str, a_case: Case) -> Non
                 predict(op, a_case, i, replace(drawn.batching, last=not drawn.batching.last))
 
 
-@pytest.mark.parametrize(("op", "a_case"), list(joint()), ids=str)
+@pytest.mark.parametrize(("op", "a_case"), list(joint(1)), ids=str)
 def test_dense_operands_must_have_the_rows(op: str, a_case: Case) -> None:
     for i, drawn in enumerate(law.trial(op, a_case, BATCH).drawn):
         if type(drawn.batching) is Rows:
@@ -149,3 +149,11 @@ def test_rows_are_repeated_by_the_lengths_of_a_pair_or_by_constants() -> None:
     for refused in ((rows, plain, 0), (rows, LENGTHS, None), (rows, counts, None), (rows, counts, 0)):
         with pytest.raises(NotRowWise):
             infer_call(op, *refused)
+
+
+def test_dense_rows_are_cut_by_whole_offsets() -> None:
+    pytest.importorskip("fbgemm_gpu")
+    op, dense = law.operator("fbgemm.dense_to_jagged.default"), Operand((BATCH, 3, 2), Rows(0))
+    for at in (Offsets("hist", first=False), Offsets("hist", last=False), Lengths(lengths="hist"), Replicated()):
+        with pytest.raises(NotRowWise, match="not known"):
+            infer_call(op, dense, [replace(OFFSETS, batching=at)])

@@ -79,6 +79,11 @@ REFUSED = {
     "a mean cosine loss": lambda: verdict(aten.cosine_embedding_loss.default, rows(B, 3), rows(B, 3), rows(B)),
     "class weights of rows": lambda: verdict(aten.cross_entropy_loss.default, rows(B, 3), ids(B), rows(3), 0),
     "one row of logits": lambda: verdict(aten.cross_entropy_loss.default, rows(B), fixed(dtype=torch.int64), None, 0),
+    "the batch for classes, in both": lambda: verdict(
+        aten.cross_entropy_loss.default, rows(3, B, dim=1), rows(3, B, dim=1), None, 0
+    ),
+    "targets of rows for fixed logits": lambda: verdict(aten.cross_entropy_loss.default, fixed(B, 4), ids(B), None, 0),
+    "the diagonal of rows and rows": lambda: verdict(aten.einsum.default, "bb->b", [rows(B, B)], out=((B,),)),
     "the batch for classes": lambda: verdict(aten.cross_entropy_loss.default, rows(3, B, dim=1), ids(3), None, 0),
     "division by the batch size": lambda: verdict(aten.div.Tensor, rows(B, 3), N),
     "the first rows": lambda: verdict(aten.slice.Tensor, rows(B, 3), 0, 0, 3, out=((3, 3),)),
