@@ -14,7 +14,7 @@ import inspect
 import math
 import re
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from roo_rewrite.capture import Captured
 from roo_rewrite.emit import Emitted
 from roo_rewrite.errors import EmitError
+from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.places import place_of
@@ -43,6 +44,7 @@ def python_source(
     """
     printer = _Printer(model)
     request, impression = emitted.parts
+    given = {a.name: n for a, n in zip(inputs.atoms, _names(emitted.graph))}
     parts = [printer.part(request), printer.part(impression)]
     result = printer.result(impression, captured)
     environment = Environment(loader=PackageLoader("roo_rewrite", ""), undefined=StrictUndefined, trim_blocks=True)
@@ -53,12 +55,12 @@ def python_source(
         libraries=sorted(printer.libraries),
         leaves=sorted(printer.leaves),
         signature=_signature(inputs),
-        unpack=_unpack(inputs, [*_names(request), *_names(impression)], printer),
+        unpack=_unpack(inputs, given, [*_names(request), *_names(impression)]),
         request_inputs=[n for n in _names(request) if n != "num_impressions"],
         impression_inputs=[n for n in _names(impression) if n not in (*emitted.residuals, "num_impressions")],
         residuals=[printer.name(n) for n in emitted.residuals],
         impression_residuals=[printer.name(n) for n in emitted.residuals],
-        rows=_rows(inputs, _names(impression)),
+        rows=_rows(inputs, given, _names(impression)),
         request=parts[0],
         impression=parts[1],
         result=result,
@@ -77,19 +79,17 @@ def _signature(inputs: Inputs) -> str:
     return ", ".join(roots)
 
 
-def _unpack(inputs: Inputs, names: Sequence[str], printer: _Printer) -> list[str]:
-    """Lines that take the atoms out of the arguments."""
-    from passes.hoist import identifier
-
+def _unpack(inputs: Inputs, given: Mapping[str, str], used: Collection[str]) -> list[str]:
+    """Lines that take the atoms out of the arguments. given: the parameter that stands for each atom."""
     lines = []
     for leaf, path in zip(inputs.leaves, inputs.paths):
         value = str(path[0][1]) if path else ""
         for kind, key in path[1:]:
             value += f".{key}" if kind == "attribute" else f"[{key!r}]"
-        targets = [identifier(a.name) for a in leaf.atoms]
+        targets = [given[a.name] for a in leaf.atoms]
         for i, (target, atom) in enumerate(zip(targets, leaf.atoms)):
             part = _atom(value, len(targets), i, atom.name)
-            if target in names and target != part:
+            if target in used and target != part:
                 lines.append(f"{target} = {part}")
     return lines
 
@@ -102,12 +102,10 @@ def _atom(value: str, of: int, at: int, name: str) -> str:
     return f"{value}[{at}]"
 
 
-def _rows(inputs: Inputs, names: Sequence[str]) -> str:
+def _rows(inputs: Inputs, given: Mapping[str, str], used: Collection[str]) -> str:
     """An impression input that has I rows, or "" where there is none."""
-    from passes.hoist import identifier
-
-    dense = {identifier(a.name) for a in inputs.atoms if a.kind == "dense"}
-    return next((n for n in names if n in dense), "")
+    impression = (a for a in inputs.atoms if a.kind == "dense" and a.provenance is Provenance.IMPRESSION)
+    return next((given[a.name] for a in impression if given[a.name] in used), "")
 
 
 class _Printer:
