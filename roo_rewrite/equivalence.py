@@ -172,11 +172,16 @@ def _precision(
     """The lowest precision the model computes in on its example; None where it fails."""
     args, kwargs = inputs.unflatten(example, Provenance.IMPRESSION, statics)
     casts = _Casts()  # type: ignore[no-untyped-call]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model), casts:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model):
         try:
             model(*args, **kwargs)
         except Exception:  # whatever user code raises
             return None
+        try:
+            with casts:
+                model(*args, **kwargs)
+        except Exception:  # a nested tensor, say, runs under no such mode
+            return max((t.dtype for t in example), key=tolerance, default=torch.float64)
     return casts.lowest
 
 

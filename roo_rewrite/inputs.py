@@ -31,7 +31,7 @@ from roo_rewrite.atoms import (
 from roo_rewrite.errors import InputError, SpecError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec, matches
-from roo_rewrite.kjt import is_kjt
+from roo_rewrite.kjt import is_kjt, name_parts
 from roo_rewrite.ops.ragged import select_ragged
 from roo_rewrite.parameters import Parameters, Path, follow, parameters_of
 
@@ -215,6 +215,7 @@ def bind_inputs(
         raise SpecError("forward has a parameter num_impressions of its own; wrap the model and give it another name")
     call = (tuple(args), dict(kwargs))
     register_dataclasses(call)
+    name_parts()
     with_paths, _ = pytree.tree_flatten_with_path(call, is_leaf=is_kjt)
     tree = _flatten(call)[1]
     paths = tuple(_path(keys, parameters) for keys, _ in with_paths)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Lengths, Provenance, Ragged, Rows, Several
@@ -34,6 +35,19 @@ def is_kjt(value: Any) -> bool:
     """Whether `value` is a TorchRec KeyedJaggedTensor, without importing TorchRec."""
     module = sys.modules.get("torchrec.sparse.jagged_tensor")
     return module is not None and isinstance(value, module.KeyedJaggedTensor)
+
+
+def name_parts() -> None:
+    """Lets a TorchRec KeyedTensor, whose pytree node has no names, be an input: the tensor `_values`."""
+    module = sys.modules.get("torchrec.sparse.jagged_tensor")
+    node = pytree.SUPPORTED_NODES.get(module.KeyedTensor) if module is not None else None
+    if module is None or node is None or node.flatten_with_keys_fn is not None:
+        return
+
+    def named(value: Any) -> Any:
+        return [(pytree.GetAttrKey("_values"), value.values())], node.flatten_fn(value)[1]
+
+    pytree.SUPPORTED_NODES[module.KeyedTensor] = node._replace(flatten_with_keys_fn=named)
 
 
 def join(keys: Sequence[str], atoms: Sequence[Tensor], weighted: bool, sides: Sequence[Provenance]) -> Any:

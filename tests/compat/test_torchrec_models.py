@@ -17,7 +17,7 @@ from torchrec.models import deepfm, dlrm
 from torchrec.models.experimental.transformerdlrm import DLRM_Transformer
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
-from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor, KeyedTensor
 
 KEYS = ("user_a", "item_a", "user_b", "item_b")
 ROWS, WIDTH, IDS = 7, 8, 20
@@ -161,3 +161,26 @@ def test_features_made_within_the_model_leave_a_leaf(rewritten_and_verified: Any
     spec = roo.FeatureSpec(columns={"ids": {"request": [(0, 1), (2, 3)]}})
     made = rewritten_and_verified(Within().eval(), (ids,), spec=spec)
     assert made._whole_program().captured.leaves == ("inner.collection",)
+
+
+class Reads(nn.Module):
+    """A JaggedTensor and a KeyedTensor as inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(IDS, 4)
+        self.out = nn.Linear(8, 1)
+
+    def forward(self, hist: JaggedTensor, user: KeyedTensor, item: Tensor) -> Tensor:
+        pooled = JaggedTensor(self.embed(hist.values()), lengths=hist.lengths()).to_padded_dense(3).sum(1)
+        return self.out(torch.cat([pooled * user["a"], self.embed(item) * user["b"]], 1))
+
+
+def test_jagged_and_keyed_tensors_are_inputs(rewritten_and_verified: Any) -> None:
+    lengths = torch.tensor([2, 0, 3, 1, 0, 2, 1])
+    hist = JaggedTensor(torch.arange(int(lengths.sum())), lengths=lengths)
+    user = KeyedTensor(["a", "b"], [4, 4], torch.rand(ROWS, 8, generator=torch.Generator().manual_seed(0)))
+    spec = roo.FeatureSpec(["hist*", "user*"], ["item"], jagged={"hist._values": "hist._lengths"})
+    made = rewritten_and_verified(Reads().eval(), (hist, user, torch.arange(ROWS)), spec=spec)
+    assert any("embedding" in str(n.target) for n in made._whole_program().plan.request)
