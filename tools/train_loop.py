@@ -106,7 +106,7 @@ def impression_batches(log: Path, rows: int) -> Iterator[tuple[dict[str, Tensor]
                     columns["hist_item_lengths"] = as_tensor(name, column.value_lengths(), None).long()
                     column = column.flatten()
                 columns[name] = as_tensor(name, column, None)
-            yield columns, as_tensor("click", batch["click"], None), batch["request_id"].to_pylist()
+            yield columns, as_tensor("click", batch["click"], None), as_tensor("request_id", batch["request_id"], None)
 
 
 def loss_of(logits: Tensor, click: Tensor) -> Tensor:

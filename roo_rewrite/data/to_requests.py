@@ -200,7 +200,7 @@ def _convert(job: Job, engine: Engine, progress: Progress | None) -> tuple[Job, 
     for step in ("slices", "data"):
         (job.work / step).mkdir(exist_ok=True)
     if not job.direct:
-        units = [i for i in range(len(job.source.units)) if not shuffle.is_written(job.slices(i, "impressions"))]
+        units = [i for i in range(len(job.source.units)) if not _mapped(job, i)]
         total = len(job.source.units)
         for done, rows in enumerate(engine.run(map_unit, job, units), total - len(units) + 1):
             tell("map", done, total, rows)
@@ -242,6 +242,11 @@ def _batches(job: Job, i: int) -> Iterator[tuple[pa.Table, pa.Table]]:
 def _sorted(table: pa.Table) -> pa.Table:
     order, _ = by_request(table[ORDINAL].to_numpy(), table[POSITION].to_numpy())
     return table if bool((np.diff(order) == 1).all()) else table.take(pa.array(order))
+
+
+def _mapped(job: Job, i: int) -> bool:
+    """Whether a run before this one finished both sides of unit `i`."""
+    return all(shuffle.is_written(job.slices(i, side)) for side in ("requests", "impressions"))
 
 
 def map_unit(job: Job, i: int) -> int:

@@ -216,6 +216,20 @@ def test_a_stopped_run_goes_on(small_log, spec, write, tmp_path, monkeypatch):
         assert (out / "data-1" / path.name).stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize("side", ["requests", "impressions"])
+def test_a_unit_half_mapped_is_mapped_again(small_log, spec, write, tmp_path, monkeypatch, same_bits, side):
+    table = small_log([i % 9 for i in range(60)])
+    log, out = write(table, row_group_size=7), tmp_path / "out"
+    monkeypatch.setattr(module, "reduce_bucket", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        to_requests(log, out, spec, "rid", memory=TINY)
+    monkeypatch.undo()
+    (tmp_path / ".out.roo-work" / "slices" / f"000003.{side}.json").unlink()
+    to_requests(log, out, spec, "rid", memory=TINY)
+    to_impressions(out, tmp_path / "back.parquet")
+    assert same_bits(pq.read_table(tmp_path / "back.parquet"), table)
+
+
 def test_a_changed_input_starts_afresh(small_log, spec, write, tmp_path, monkeypatch):
     log = write(small_log([1, 2, 3] * 9))
     out = tmp_path / "out"
