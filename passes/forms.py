@@ -179,6 +179,11 @@ def numel(shape: Sequence[Any]) -> int:
 
 def dtype_of(form: Form) -> torch.dtype:
     """The dtype of a form's first node."""
+    if isinstance(form, (Blocks, Sum)):
+        parts = form.parts if isinstance(form, Blocks) else [t for _, t in form.terms]
+        return dtype_of(parts[0])
+    if isinstance(form, Expanded):
+        return dtype_of(form.form)
     value = form.like.meta["val"] if isinstance(form, Filled) else next(leaves(form)).meta["val"]
     assert isinstance(value, Tensor)
     return value.dtype

@@ -125,6 +125,9 @@ def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
     if not isinstance(inner, Node) or inner.target is not aten.mul.Tensor or len(inner.users) > 1 or keepdim:
         return None
     x, y = inner.args
+    dtypes = {n.meta["val"].dtype if isinstance(n, Node) else None for n in (x, y, node)}
+    if not dims or len(dtypes) > 1 or not node.meta["val"].is_floating_point():
+        return None
     full = _shape(inner)
     if not all(isinstance(f, Node) and len(_shape(f)) == len(full) for f in (x, y)) or len(full) < 2:
         return None
@@ -174,7 +177,9 @@ def _unfold_attention(graph: Graph, node: Node) -> None:
         scores = _make(graph, None, aten.einsum.default, f"{lead}ik,{lead}jk->{lead}ij", [scaled, k])
         if mask is not None:
             scores = _masked(graph, scores, mask)
-        weights = _make(graph, None, aten.softmax.int, scores, -1)
+        # A row that sees nothing gets 0, as in the fused op.
+        softmax = aten.softmax.int if mask is None else aten._safe_softmax.default
+        weights = _make(graph, None, softmax, scores, -1)
         made = _make(graph, node, aten.einsum.default, f"{lead}ij,{lead}jk->{lead}ik", [weights, v])
     _take_over(graph, node, made)
 

@@ -12,6 +12,7 @@ be known to see something, else the banned entries count after all.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.fx import Node
 from passes.constants import evaluate
 from passes.forms import (
     Blocks,
+    Deferred,
     Filled,
     Form,
     Picked,
@@ -29,10 +31,11 @@ from passes.forms import (
     hint,
     is_static,
     provenance,
+    same_shape,
     same_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import cut_form
+from passes.split_blocks import broadcast, cut_form
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -53,7 +56,7 @@ def masked_fill(s: Splitter, app: Application) -> Form | None:
     """Where the mask is known to be all True the value is a constant; all False, nothing happens."""
     x, mask, value = app.form("self"), app.form("mask"), app["value"]
     found = known(s, mask)
-    if found is None or not isinstance(value, (int, float)):
+    if found is None or not isinstance(value, (int, float)) or not same_shape(broadcast([x.shape, mask.shape]), x.shape):
         return None
     if bool(found.all()) and found.numel() and not isinstance(x, Blocks):
         return Filled(float(value), x.shape, next(iter(_nodes(x))))
@@ -72,11 +75,11 @@ def softmax(s: Splitter, app: Application) -> Form | None:
     x = app.form("self")
     if not isinstance(x, Blocks) or x.dim != app["dim"] % x.ndim:
         return None
-    banned = [isinstance(p, Filled) and p.value <= LOW for p in x.parts]
+    banned = [isinstance(p, (Filled, Banned)) and p.value <= LOW for p in x.parts]
     rest = [p for p, b in zip(x.parts, banned) if not b]
     if not any(banned) or not rest:
         return None
-    lowest = max(p.value for p, b in zip(x.parts, banned) if b and isinstance(p, Filled))
+    lowest = max(p.value for p, b in zip(x.parts, banned) if b and isinstance(p, (Filled, Banned)))
     if lowest > float("-inf") and not _every_row_sees(s, rest):
         return None
     joined = rest[0] if len(rest) == 1 else Blocks(x.dim, tuple(rest))
@@ -85,8 +88,7 @@ def softmax(s: Splitter, app: Application) -> Form | None:
     start = 0
     for part, is_banned, size in zip(x.parts, banned, x.sizes):
         if is_banned:
-            assert isinstance(part, Filled)
-            parts.append(Filled(0.0, part.shape, part.like))
+            parts.append(Filled(0.0, part.shape, _nodes(part)[0]))
         else:
             parts.append(cut_form(s, weights, x.dim, start, start + size))
             start += size
@@ -95,29 +97,30 @@ def softmax(s: Splitter, app: Application) -> Form | None:
 
 def _every_row_sees(s: Splitter, parts: Sequence[Form]) -> bool:
     """Whether each row of the scores has an entry that no mask can have lowered."""
-    return any(_always_seen(s, s.builder.whole(p)) for p in parts)
+    return any(_always_seen(s, s.builder.whole(p), torch.zeros(1, dtype=torch.bool)) for p in parts)
 
 
 _SCALES = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 _SCORES = (aten.bmm.default, aten.matmul.default, aten.einsum.default, aten.mm.default)
 
 
-def _always_seen(s: Splitter, node: Node) -> bool:
-    """Whether scores are products lowered by nothing but constant masks that leave every row an entry."""
+def _always_seen(s: Splitter, node: Node, banned: Tensor) -> bool:
+    """Whether scores are products lowered by nothing but constant masks that leave every row an entry.
+
+    banned: what the masks between here and the softmax lower; together they may leave less than each alone.
+    """
     if node.target in _SCORES:
-        return True
+        return bool((~banned).any(-1).all())
     if node.target in _SCALES:
         source, factor = node.args[:2]
         number = isinstance(factor, (int, float)) or (isinstance(factor, Node) and _scalar(factor))
-        return number and isinstance(source, Node) and _always_seen(s, source)
+        return number and isinstance(source, Node) and _always_seen(s, source, banned)
     if node.target is aten.masked_fill.Scalar:
         mask = evaluate(s.captured, node.args[1])  # type: ignore[arg-type]
-        open_rows = mask is not None and bool((~mask.bool()).any(-1).all())
-        return open_rows and _always_seen(s, node.args[0])  # type: ignore[arg-type]
+        return mask is not None and _always_seen(s, node.args[0], banned | mask)  # type: ignore[arg-type]
     if node.target is aten.add.Tensor and len(node.args) == 2:
         bias = evaluate(s.captured, node.args[1]) if isinstance(node.args[1], Node) else None
-        open_rows = bias is not None and bool((bias > LOW).any(-1).all())
-        return open_rows and _always_seen(s, node.args[0])  # type: ignore[arg-type]
+        return bias is not None and _always_seen(s, node.args[0], banned | (bias <= LOW))  # type: ignore[arg-type]
     return False
 
 
@@ -126,13 +129,34 @@ def _scalar(node: Node) -> bool:
     return isinstance(value, Tensor) and value.ndim == 0
 
 
-def added_mask(s: Splitter, x: Form, mask: Form) -> Form | None:
+@dataclass(frozen=True, eq=False)
+class Banned(Deferred):
+    """Scores plus a mask that no softmax lets through, not carried out; none of them is above `value`."""
+
+    s: Splitter
+    inner: Form
+    app: Application
+    value: float
+
+    def carry(self) -> Node:
+        args, kwargs = self.app.arguments(self.s.carry_out)
+        return self.s.builder.call(self.app.target, *args, **kwargs)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return self.inner.shape
+
+
+def added_mask(s: Splitter, app: Application) -> Form | None:
     """Scores plus a mask known to ban all of them."""
+    x, mask = app.form("self"), app.form("other")
+    if app["alpha"] != 1 or not same_shape(broadcast([x.shape, mask.shape]), x.shape):
+        return None
     found = known(s, mask)
-    if found is None or not found.is_floating_point() or not found.numel() or isinstance(x, (Blocks, Filled)):
+    if found is None or not found.is_floating_point() or not found.numel() or isinstance(x, (Blocks, Filled, Banned)):
         return None
     highest = float(found.max())
-    return Filled(highest, x.shape, next(iter(_nodes(x)))) if highest <= LOW else None
+    return Banned(s, x, app, highest) if highest <= LOW else None
 
 
 @handles("aten.baddbmm.default")
@@ -280,7 +304,8 @@ def _two_groups(
             joined = b.call(aten.masked_fill.Scalar, joined, b.call(aten.logical_not.default, node), float("-inf"))
         else:
             joined = b.call(aten.add.Tensor, joined, node)
-    weights = b.call(aten.softmax.int, joined, -1)
+    # A row that may see nothing gets 0, as in the fused op.
+    weights = b.call(aten.softmax.int if mask is None else aten._safe_softmax.default, joined, -1)
     total: Node | None = None
     start = 0
     for value in values:

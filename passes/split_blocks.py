@@ -52,7 +52,7 @@ def blockwise(s: Splitter, app: Application) -> Form | None:
     simple = (Whole, Blocks, Expanded)
     if not all(isinstance(f, simple) for f in operands(app)):
         app = _mapped(app, lambda f: f if isinstance(f, simple) else Whole(s.builder.whole(f)))
-    if rule.function is broadcasting:
+    if torch.Tag.pointwise in app.target.tags or rule.function is broadcasting:
         return _pointwise(s, app)
     if any(isinstance(f, Expanded) for f in operands(app)):
         return _unexpanded(s, app)
@@ -90,7 +90,7 @@ def _pointwise(s: Splitter, app: Application) -> Form | None:
     if len(cut.parts) > _MANY:
         bare = _mapped(bare, lambda f: coalesced(s, f) if isinstance(f, Blocks) and f.dim - f.ndim == back else f)
     pieces = cut_operands(s, bare, back)
-    if not any(all(provenance(f) is not Provenance.IMPRESSION for f in operands(p)) for p in pieces):
+    if not any(all(has_early(f) for f in operands(p)) for p in pieces):
         return None
     cut_dims = [f.ndim + back for f in operands(bare)]
     made = Blocks(len(small) + back, tuple(together(s, pieces, len(small) + back, cut_dims)))
@@ -162,6 +162,13 @@ def coalesced(s: Splitter, form: Blocks) -> Blocks:
             ),
         )
     return form
+
+
+def has_early(form: Form) -> bool:
+    """Whether some part of a form does not depend on the impression."""
+    if isinstance(form, Blocks):
+        return any(has_early(p) for p in form.parts)
+    return provenance(form) is not Provenance.IMPRESSION
 
 
 def cut_operands(s: Splitter, app: Application, back: int) -> list[Application]:

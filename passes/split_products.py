@@ -31,11 +31,9 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
         return None
 
     def emit(a: Form, b: Form) -> Form:
-        names = [n for n, v in app.named.items() if v is x or v is y]
         if str(app.target) == "aten.einsum.default":
             return s.plain(app.replaced(tensors=[a, b]))
-        first, second = (names[0], names[-1]) if len(names) > 1 else ("self", "mat2")
-        return s.plain(app.replaced(**{first: a, second: b}))
+        return s.plain(app.replaced(**{"self": a, "mat2" if "mat2" in app.named else "other": b}))
 
     x, y = _simple(s, x), _simple(s, y)
     mark = len(s.price.candidates)
@@ -71,7 +69,10 @@ def _letters(app: Application, x: Form, y: Form) -> tuple[str, str, str] | None:
         case "aten.einsum.default":
             left, right = spelled_out(app["equation"], [x.ndim, y.ndim]).split("->")
             first, second = left.split(",")
-            return None if len(set(first)) < len(first) or len(set(second)) < len(second) else (first, second, right)
+            repeated = len(set(first)) < len(first) or len(set(second)) < len(second)
+            sizes = dict(zip(first, x.shape))
+            broadcast = any(not same_size(sizes.get(c, n), n) for c, n in zip(second, y.shape))
+            return None if repeated or broadcast else (first, second, right)
         case "aten.matmul.default" if x.ndim == y.ndim and x.ndim >= 2:
             lead = _LETTERS[: x.ndim - 2]
             if not all(same_size(a, b) for a, b in zip(x.shape[:-2], y.shape[:-2])):
@@ -128,7 +129,8 @@ def _by_side(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], cut: 
     for parts, places in sides.values():
         if parts:
             mine = _simple(s, parts[0] if len(parts) == 1 else s.op(aten.cat.default, parts, blocks.dim))
-            rest = _simple(s, pick_form(s, other, letters[1 - at].index(cut), places))
+            names = letters[1 - at]
+            rest = _simple(s, pick_form(s, other, names.index(cut), places)) if cut in names else other
             made = _contract(s, *((mine, rest) if at == 0 else (rest, mine)), letters, emit)
             if made is None:
                 return None

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from passes.forms import Blocks, Expanded, Form, Sum, dtype_of, is_static, provenance, same_size
+from passes.forms import Blocks, Expanded, Form, Sum, dtype_of, provenance, same_size
 from passes.split import Application, Splitter, handles
+from passes.split_blocks import broadcast
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -45,8 +46,7 @@ def _of_terms(s: Splitter, app: Application, x: Sum, dims: Sequence[int]) -> For
         if isinstance(term, Expanded):
             return None
     made = tuple((c, s.apply(app.replaced(self=t))) for c, t in x.terms)
-    shape = max((f.shape for _, f in made), key=lambda shape: sum(not is_static(n) or n > 1 for n in shape))
-    return Sum(made, shape)
+    return Sum(made, broadcast([f.shape for _, f in made]))
 
 
 def by_side(s: Splitter, x: Blocks) -> list[Form]:

@@ -6,6 +6,7 @@ f(E a + c)       =  f(E a) + f(c)        f linear; taken only where a term is ch
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def add(s: Splitter, app: Application) -> Form | None:
         return None
     if any(isinstance(f, Blocks) for f in (left, right)):
         return _blocks(s, app)
-    banned = added_mask(s, left, right) if str(app.target) == "aten.add.Tensor" else None
+    banned = added_mask(s, app) if str(app.target) == "aten.add.Tensor" else None
     if banned is not None:
         return banned
     sign = float(app["alpha"]) * (-1.0 if str(app.target).startswith("aten.sub") else 1.0)
@@ -82,16 +83,21 @@ def scale(s: Splitter, app: Application) -> Form | None:
             factor = 1.0 / app["other"] if isinstance(app["other"], (int, float)) and app["other"] else None
         case _:
             factor = None
-    return scaled(x, factor) if isinstance(factor, (int, float)) else None
+    return scaled(x, factor) if isinstance(factor, (int, float)) and _finite(factor) else None
 
 
 @handles("aten.mul.Tensor", "aten.div.Tensor")
 def multiply(s: Splitter, app: Application) -> Form | None:
     """A sum times a number; anything else is pointwise."""
     x, y = app["self"], app["other"]
-    if isinstance(x, Sum) and isinstance(y, (int, float)) and not isinstance(y, bool) and y:
+    if isinstance(x, Sum) and isinstance(y, (int, float)) and not isinstance(y, bool) and _finite(y):
         return scaled(x, float(y) if str(app.target).startswith("aten.mul") else 1.0 / float(y))
     return None
+
+
+def _finite(factor: float) -> bool:
+    """Whether a number can be moved into the terms: infinities of opposite sign would meet."""
+    return factor != 0 and math.isfinite(factor)
 
 
 def scaled(form: Sum, factor: float) -> Sum:

@@ -112,7 +112,7 @@ def _blocks(s: Splitter, x: Blocks, shape: tuple[Any, ...]) -> Form | None:
     unit = math.gcd(*x.sizes)
     place = _place(x.shape, x.dim, unit, shape)
     if place is None:
-        return None
+        return merge_cells(s, x, *merged) if merged is not None else None
     parts = []
     for part, size in zip(x.parts, x.sizes):
         made = to_shape(s, part, with_size(shape, place.dim, size // unit * place.inner))
