@@ -89,9 +89,7 @@ def test_a_write_past_autograd_is_an_effect(captured: Callable[..., Any]) -> Non
     assert any(name.startswith("matmul") for name in marked(trace.graph))
 
 
-def test_a_write_into_an_input_is_a_write_into_a_copy(
-    captured: Callable[..., Any], printed: Callable[..., str]
-) -> None:
+def test_a_write_into_an_input_goes_into_a_copy(captured: Callable[..., Any], printed: Callable[..., str]) -> None:
     trace, _ = captured(lambda m, u, x: (u.detach().mul_(2), u + x)[1])
     normalize(trace)
     assert "clone(u)" in printed(trace.graph)
