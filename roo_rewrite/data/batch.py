@@ -136,10 +136,10 @@ class RequestBatch:
             args=args,
             kwargs=kwargs,
             num_impressions=counts,
-            labels=_take(self.labels, picked),
-            weights=_take(self.weights, picked),
-            request_ids=_take_ids(self.request_ids, rows),
-            impression_ids=_take_ids(self.impression_ids, picked),
+            labels=take_rows(self.labels, picked),
+            weights=take_rows(self.weights, picked),
+            request_ids=take_ids(self.request_ids, rows),
+            impression_ids=take_ids(self.impression_ids, picked),
             order=None if self.order is None else self.order.index_select(0, picked),
             cursor=None,
         )
@@ -234,11 +234,13 @@ def _request_rows(index: int | slice | Sequence[int] | Tensor, count: int) -> Te
     return torch.where(positions < 0, positions + count, positions)
 
 
-def _take(tree: Any, rows: Tensor) -> Any:
+def take_rows(tree: Any, rows: Tensor) -> Any:
+    """Rows `rows` of every tensor of a nesting."""
     return pytree.tree_map(lambda v: v.index_select(0, rows.to(v.device)) if isinstance(v, Tensor) else v, tree)
 
 
-def _take_ids(ids: Ids, rows: Tensor) -> Ids:
+def take_ids(ids: Ids, rows: Tensor) -> Ids:
+    """The ids at `rows`."""
     if isinstance(ids, Tensor):
         return ids.index_select(0, rows.to(ids.device))
     return None if ids is None else tuple(ids[i] for i in rows.tolist())

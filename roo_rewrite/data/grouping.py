@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roo_rewrite.data.batch import Ids, Layout, RequestBatch, _take, _take_ids
+from roo_rewrite.data.batch import Ids, Layout, RequestBatch, take_ids, take_rows
 from roo_rewrite.errors import DataError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec
@@ -101,10 +101,10 @@ def group(
         kwargs=out_kwargs,
         num_impressions=grouping.counts,
         layout=Layout(inputs),
-        labels=_take(labels, grouping.order),
-        weights=_take(weights, grouping.order),
-        request_ids=_take_ids(ids, grouping.first),
-        impression_ids=_take_ids(impression_ids, grouping.order),
+        labels=take_rows(labels, grouping.order),
+        weights=take_rows(weights, grouping.order),
+        request_ids=take_ids(ids, grouping.first),
+        impression_ids=take_ids(impression_ids, grouping.order),
         order=grouping.order,
     )
 
