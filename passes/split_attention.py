@@ -56,7 +56,8 @@ def masked_fill(s: Splitter, app: Application) -> Form | None:
     """Where the mask is known to be all True the value is a constant; all False, nothing happens."""
     x, mask, value = app.form("self"), app.form("mask"), app["value"]
     found = known(s, mask)
-    if found is None or not isinstance(value, (int, float)) or not same_shape(broadcast([x.shape, mask.shape]), x.shape):
+    grows = not same_shape(broadcast([x.shape, mask.shape]), x.shape)
+    if found is None or not isinstance(value, (int, float)) or grows:
         return None
     if bool(found.all()) and found.numel() and not isinstance(x, Blocks):
         return Filled(float(value), x.shape, next(iter(_nodes(x))))
