@@ -53,7 +53,9 @@ def tokens(shape: str) -> tuple[str, list[str]]:
 
 
 def usable(case: Case) -> bool:
-    """Whether a step can make the operands: no jagged pairs, no row numbers, no special matrices."""
+    """Whether a step can make the call: no jagged pairs, no special matrices, no weights drawn or sizes fixed in it."""
+    if {"_weights", "len"} & set(case.call.__code__.co_names):
+        return False
     words = [tokens(s) for s in case.shapes]
     return all(p in ("", "i", "b", "p", "u", "s", "f") for p, _ in words) and not any(
         "R" in t or "#" in t or t in ("lengths", "offsets", "starts", "ends") for _, dims in words for t in dims
