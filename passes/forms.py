@@ -13,7 +13,7 @@ A form stands for a tensor of the impression-level graph; `Builder.whole` carrie
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,21 @@ class Deferred(Form):
     def carry(self) -> Node:
         """The node of the value."""
         raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Lazy(Deferred):
+    """`inner` is what a consumer may take part by part; carried out whole, the value is made by `how`."""
+
+    inner: Form
+    how: Callable[[], Node]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return self.inner.shape
+
+    def carry(self) -> Node:
+        return self.how()
 
 
 def with_size(shape: Sequence[Any], dim: int, size: Any) -> tuple[Any, ...]:

@@ -47,7 +47,9 @@ def partition(captured: Captured, fanout: float) -> Partition:
     movable = [n for n in nodes if may_move(n)]
     inside = _cut(captured, movable, fanout) if movable else set()
     request = tuple(n for n in movable if n in inside)
-    residuals = tuple(n for n in request if any(u not in inside and reads_value(u) for u in n.users) and not is_bundle(n))
+    residuals = tuple(
+        n for n in request if any(u not in inside and reads_value(u) for u in n.users) and not is_bundle(n)
+    )
     reasons = {n: _reason(n, inside) for n in nodes if n not in inside}
     return Partition(request, residuals, {n: r for n, r in reasons.items() if r}, fanout)
 

@@ -18,11 +18,13 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from passes import split_outer
 from passes.forms import (
     Blocks,
     Expanded,
     Filled,
     Form,
+    Lazy,
     Picked,
     Sum,
     Whole,
@@ -87,8 +89,24 @@ def atoms_of(s: Splitter, form: Form, columns: tuple[int, ...], dim: int, coeffi
             return [Atom(coefficient, base.node, index, columns)]
         case Filled(value, _, _) if value == 0:
             return []
+        case Lazy(inner, _) if isinstance(inner, (Blocks, Whole)):
+            return atoms_of(s, inner, columns, dim, coefficient)
         case _:
             return [Atom(coefficient, s.builder.whole(form), None, columns)]
+
+
+def joined(atoms: Sequence[Atom]) -> list[Atom]:
+    """Picks of one node that meet the weight once each become one pick."""
+    pairs = [(a.node, a.index) for a in atoms]
+    out: dict[Node | int, Atom] = {}
+    for i, atom in enumerate(atoms):
+        lone = atom.index is not None and atom.coefficient == 1 and pairs.count((atom.node, atom.index)) == 1
+        before = out.get(atom.node) if lone else None
+        if before is not None and before.index is not None and atom.index is not None:
+            out[atom.node] = Atom(1.0, atom.node, (*before.index, *atom.index), (*before.columns, *atom.columns))
+        else:
+            out[atom.node if lone else i] = atom
+    return list(out.values())
 
 
 def grouped(atoms: Sequence[Atom], dim: int) -> list[Group]:
@@ -122,7 +140,7 @@ def linear(s: Splitter, app: Application) -> Form | None:
 
     if isinstance(x, Normalized):
         return linear_of_normalized(s, x, weight, bias)
-    if not (isinstance(x, Sum) or (isinstance(x, Blocks) and x.dim == x.ndim - 1)):
+    if not (isinstance(x, (Sum, Lazy)) or (isinstance(x, Blocks) and x.dim == x.ndim - 1)):
         return None
     return product(s, x, x.ndim - 1, weight.node, None if bias is None else bias.node, aten.linear.default)
 
@@ -136,38 +154,73 @@ def pointwise_conv(s: Splitter, app: Application) -> Form | None:
         return None
     if any(n != 1 for n in weight.shape[2:]) or app["groups"] != 1 or any(v != 1 for v in app["stride"]):
         return None
-    over_channels = isinstance(x, Sum) or (isinstance(x, Blocks) and x.dim == 1)
+    over_channels = isinstance(x, (Sum, Lazy)) or (isinstance(x, Blocks) and x.dim == 1)
     if app["padding"] != [0] * (rank - 2) or not over_channels:
         return None
     return product(s, x, 1, weight.node, None if bias is None else bias.node, app.target)
 
 
-def product(
-    s: Splitter, x: Form, dim: int, weight: Node, bias: Node | None, target: OpOverload
-) -> Form | None:
+def product(s: Splitter, x: Form, dim: int, weight: Node, bias: Node | None, target: OpOverload) -> Form | None:
     """The linear map of x over `dim` by groups, if that pays. weight: [N, K, ...]; `target(x, weight, bias)`."""
     if dtype_of(x) != weight.meta["val"].dtype:
         return None
     n, k = (int(v) for v in weight.meta["val"].shape[:2])
-    groups = grouped(atoms_of(s, x, tuple(range(k)), dim), dim)
+    atoms = joined(atoms_of(s, x, tuple(range(k)), dim))
+    inside = [a for a in atoms if dim == 1 and a.coefficient == 1 and _factored(a) is not None]
+    groups = grouped([a for a in atoms if a not in inside], dim)
     shape = with_size(x.shape, dim, n)
-    if not groups or not _pays(s, x, groups, shape, n, k):
+    if not _pays(s, x, groups, inside, shape, n, k):
         return None
-    terms = []
+    terms: list[tuple[float, Form]] = []
     for i, group in enumerate(groups):
         terms.append((1.0, Whole(_multiply(s, group, dim, weight, bias if i == 0 else None, target))))
-    return Sum(tuple(terms), shape)
+    for atom in inside:
+        factors = _factored(atom)
+        assert factors is not None
+        terms.append((1.0, Whole(split_outer.multiply(s, factors, atom.columns, atom.index, weight))))
+    if bias is not None and not groups:
+        terms.append((1.0, Whole(s.builder.call(aten.reshape.default, bias, [n] + [1] * (len(shape) - 2)))))
+    return Sum(tuple(terms), shape) if terms else None
 
 
-def _pays(s: Splitter, x: Form, groups: Sequence[Group], shape: tuple[object, ...], n: int, k: int) -> bool:
+def _factored(atom: Atom) -> split_outer.Factors | None:
+    """The factors of an atom that is a whole outer product of both sides."""
+    found = split_outer.factors(atom.node)
+    return found if found is not None and split_outer.covers(found, atom.index) else None
+
+
+def _inside_price(s: Splitter, atom: Atom, n: int) -> float:
+    """The request's factor into the weight, then what is left per impression."""
+    found = _factored(atom)
+    assert found is not None
+    h, m = found.sizes if found.early_first else found.sizes[::-1]
+    late = found.second if found.early_first else found.first
+    shape = tuple(late.meta["val"].shape)
+    batch, rest = shape[0], shape[3:]
+    per_request = s.price.product((batch, n, m, *rest), h, Provenance.REQUEST)
+    per_impression = s.price.product((batch, n, *rest), m, Provenance.IMPRESSION)
+    return per_request + per_impression + 2 * s.price.move((batch, n, *rest)) + s.price.start(6)
+
+
+def _pays(
+    s: Splitter,
+    x: Form,
+    groups: Sequence[Group],
+    inside: Sequence[Atom],
+    shape: tuple[object, ...],
+    n: int,
+    k: int,
+) -> bool:
     price, impression = s.price, Provenance.IMPRESSION
     before = price.product(shape, k, impression) + price.move(x.shape)
     after = sum(price.product((*g.lead, n), g.inner, g.side) for g in groups)
     after += sum(price.move((*g.lead, g.inner), g.side) for g in groups if len(g.operands()) > 1)
     after += sum(price.move((*g.lead, n), impression, 1.0) for g in groups if g.side is not impression)
-    after += price.move(shape) * (len(groups) - 1) + price.start(2 * len(groups) - 2)
+    after += price.move(shape) * max(len(groups) - 1, 0) + price.start(2 * max(len(groups) - 1, 0))
+    after += sum(_inside_price(s, a, n) for a in inside)
     where = s.builder.origin.name if s.builder.origin is not None else ""
     sides = ", ".join(f"{g.inner} of {k} columns per {_unit(g.side)}" for g in groups)
+    sides += "".join(f", {len(a.columns)} with the request's factor in the weight" for a in inside)
     return price.take(f"linear: {sides}", before, after, where)
 
 
@@ -180,7 +233,7 @@ def _multiply(s: Splitter, group: Group, dim: int, weight: Node, bias: Node | No
     by_operand: dict[tuple[Node, tuple[int, ...] | None], list[Atom]] = {}
     for atom in group.atoms:
         by_operand.setdefault((atom.node, atom.index), []).append(atom)
-    merged = _merged(by_operand)
+    merged = list(by_operand.items())
     operands = [node if index is None else s.builder.pick(node, dim, index) for (node, index), _ in merged]
     x = s.builder.cat(operands, dim)
     if all(len(atoms) == 1 and atoms[0].coefficient == 1 for _, atoms in merged):
@@ -189,28 +242,6 @@ def _multiply(s: Splitter, group: Group, dim: int, weight: Node, bias: Node | No
     else:
         w = s.builder.cat([_weight(s, weight, atoms) for _, atoms in merged], 1)
     return s.builder.call(target, x, w, *([] if bias is None else [bias]))
-
-
-def _merged(
-    by_operand: dict[tuple[Node, tuple[int, ...] | None], list[Atom]],
-) -> list[tuple[tuple[Node, tuple[int, ...] | None], list[Atom]]]:
-    """Single picks of one node become one pick."""
-    out: list[tuple[tuple[Node, tuple[int, ...] | None], list[Atom]]] = []
-    place: dict[Node, int] = {}
-    for (node, index), atoms in by_operand.items():
-        lone = index is not None and len(atoms) == 1 and atoms[0].coefficient == 1
-        if lone and node in place:
-            at = place[node]
-            (_, before), (first,) = out[at]
-            assert before is not None
-            assert index is not None
-            joined = (*before, *index)
-            out[at] = ((node, joined), [Atom(1.0, node, joined, (*first.columns, *atoms[0].columns))])
-            continue
-        if lone:
-            place[node] = len(out)
-        out.append(((node, index), atoms))
-    return out
 
 
 def _weight(s: Splitter, weight: Node, atoms: Sequence[Atom]) -> Node:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import cut_form, pick_form, refined
@@ -24,10 +25,8 @@ _LETTERS = "abcdefgh"
 
 def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
     """A product of two forms; None where no piece of it would move."""
-    if isinstance(x, Whole) and isinstance(y, Whole):
-        return None
     letters = _letters(app, x, y)
-    if letters is None:
+    if letters is None or (isinstance(x, Whole) and isinstance(y, Whole)):
         return None
 
     def emit(a: Form, b: Form) -> Form:
@@ -35,6 +34,8 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
             return s.plain(app.replaced(tensors=[a, b]))
         return s.plain(app.replaced(**{"self": a, "mat2" if "mat2" in app.named else "other": b}))
 
+    if not set(letters[0] + letters[1]) - set(letters[2]):
+        return _as_outer(s, x, y, letters)
     x, y = _simple(s, x), _simple(s, y)
     mark = len(s.price.candidates)
     made = _contract(s, x, y, letters, emit)
@@ -42,6 +43,19 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
         del s.price.candidates[mark:]
         return None
     return made
+
+
+def _as_outer(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str]) -> Form | None:
+    """A product that contracts nothing is a broadcast multiplication."""
+    forms = []
+    for form, names in zip((x, y), letters):
+        if [c for c in letters[2] if c in names] != list(names):
+            return None
+        for at, c in enumerate(letters[2]):
+            if c not in names:
+                form = s.op(aten.unsqueeze.default, form, at)
+        forms.append(form)
+    return s.op(aten.mul.Tensor, *forms)
 
 
 def _simple(s: Splitter, form: Form) -> Form:

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import torch
+
 from passes.forms import (
     Blocks,
     Expanded,
@@ -24,6 +25,7 @@ from passes.forms import (
 from passes.split import Application, Splitter, handles
 from passes.split_attention import added_mask
 from passes.split_blocks import blockwise, broadcast
+from passes.split_outer import outer
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Provenance
 
@@ -92,7 +94,7 @@ def multiply(s: Splitter, app: Application) -> Form | None:
     x, y = app["self"], app["other"]
     if isinstance(x, Sum) and isinstance(y, (int, float)) and not isinstance(y, bool) and _finite(y):
         return scaled(x, float(y) if str(app.target).startswith("aten.mul") else 1.0 / float(y))
-    return None
+    return outer(s, app) if str(app.target) == "aten.mul.Tensor" else None
 
 
 def _finite(factor: float) -> bool:

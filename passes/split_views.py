@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.forms import Blocks, Expanded, Form, Picked, Sum, Whole, hint, is_static, same_size, with_size
+from passes.forms import Blocks, Expanded, Form, Lazy, Picked, Sum, Whole, hint, is_static, same_size, with_size
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import constant_value, pick_form
 from roo_rewrite.errors import NotRowWise
@@ -93,6 +93,11 @@ def to_shape(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None:
         return _blocks(s, x, shape)
     if isinstance(x, Expanded):
         return _expanded(s, x, shape)
+    if isinstance(x, Lazy):
+        inner = to_shape(s, x.inner, shape)
+        if inner is None:
+            return None
+        return Lazy(inner, lambda: s.builder.call(aten.reshape.default, x.carry(), s.builder.sizes(shape)))
     if isinstance(x, Sum):
         terms = [(c, _same_layout(s, x, t, shape)) for c, t in x.terms]
         return None if any(t is None for _, t in terms) else Sum(tuple(terms), shape)  # type: ignore[arg-type]

@@ -1,0 +1,137 @@
+"""Outer products followed by a linear map: put the request's factor into the weight, once per request.
+
+    linear(flatten(E u x c), W)[n]  =  sum_m (sum_h W[n, h, m] u[h]) c[m]        u: h entries, c: m entries
+                                    =  jagged_bmm(W u, c)
+
+The cross network of xDeepFM (CIN), outer-product layers and bilinear maps are of this kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from passes.forms import (
+    Blocks,
+    Form,
+    Lazy,
+    Picked,
+    Whole,
+    dtype_of,
+    is_static,
+    provenance,
+    same_size,
+)
+from passes.split import Application, Splitter
+from passes.split_blocks import has_early
+from roo_rewrite.facts import Provenance
+
+aten = torch.ops.aten
+
+
+def outer(s: Splitter, app: Application) -> Form | None:
+    """x [.., h, 1, ..] * y [.., 1, m, ..] in cells, if a cell has the request's factor; carried out only if asked."""
+    x, y = app["self"], app["other"]
+    place = _outer_dim(x, y)
+    if place is None or not (has_early(x) or has_early(y)) or not dtype_of(x).is_floating_point:
+        return None
+    if provenance(x) is not Provenance.IMPRESSION and provenance(y) is not Provenance.IMPRESSION:
+        return None
+    first, second = (x, y) if same_size(y.shape[place], 1) else (y, x)
+    rows = [
+        Blocks(place + 1, tuple(_cell(s, a, b) for b in _parts(s, second, place + 1))) for a in _parts(s, first, place)
+    ]
+    rows = [r.parts[0] if len(r.parts) == 1 else r for r in rows]  # type: ignore[misc]
+    inner = rows[0] if len(rows) == 1 else Blocks(place, tuple(rows))
+    return Lazy(inner, lambda: s.builder.whole(s.plain(app)))
+
+
+def _outer_dim(x: Any, y: Any) -> int | None:
+    """The dim p where one has entries and the other size 1, the other way round at p + 1."""
+    if not isinstance(x, Form) or not isinstance(y, Form) or x.ndim != y.ndim:
+        return None
+    other = [d for d in range(x.ndim) if not same_size(x.shape[d], y.shape[d])]
+    if len(other) != 2 or other[1] != other[0] + 1 or other[0] == 0:
+        return None
+    sizes = [(f.shape[other[0]], f.shape[other[1]]) for f in (x, y)]
+    if not all(is_static(n) for pair in sizes for n in pair):
+        return None
+    one = sorted(sizes, key=lambda pair: int(pair[0]))
+    return other[0] if one[0][0] == 1 and one[1][1] == 1 else None
+
+
+def _parts(s: Splitter, form: Form, dim: int) -> list[Form]:
+    """The blocks of a form along `dim`; those of one side that stand together are one."""
+    if not isinstance(form, Blocks) or form.dim != dim:
+        return [Whole(s.builder.whole(form))]
+    out: list[list[Form]] = []
+    for part in form.parts:
+        if out and has_early(out[-1][-1]) == has_early(part):
+            out[-1].append(part)
+        else:
+            out.append([part])
+    return [Whole(s.builder.cat([s.builder.whole(f) for f in run], dim)) for run in out]
+
+
+def _cell(s: Splitter, a: Form, b: Form) -> Form:
+    return Whole(s.builder.call(aten.mul.Tensor, s.builder.whole(a), s.builder.whole(b)))
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A flattened outer product: `first [B, h, 1, ...]` times `second [B, 1, m, ...]`; one is the request's."""
+
+    first: Node
+    second: Node
+    early_first: bool
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """h and m."""
+        return int(self.first.meta["val"].shape[1]), int(self.second.meta["val"].shape[2])
+
+
+def factors(node: Node) -> Factors | None:
+    """The factors of a flattened outer product over dims 1 and 2, where exactly one is request-level."""
+    if node.target is not aten.reshape.default:
+        return None
+    product = node.args[0]
+    if not isinstance(product, Node) or product.target is not aten.mul.Tensor:
+        return None
+    a, b = product.args[:2]
+    shape, flat = tuple(product.meta["val"].shape), tuple(node.meta["val"].shape)
+    if not isinstance(a, Node) or not isinstance(b, Node) or len(flat) != len(shape) - 1 or len(shape) < 3:
+        return None
+    if _outer_dim(Whole(a), Whole(b)) != 1 or not is_static(flat[1]) or flat[1] != shape[1] * shape[2]:
+        return None
+    first, second = (a, b) if same_size(b.meta["val"].shape[1], 1) else (b, a)
+    early = [provenance(Whole(f)) is not Provenance.IMPRESSION for f in (first, second)]
+    return Factors(first, second, early[0]) if early[0] != early[1] else None
+
+
+def multiply(s: Splitter, found: Factors, columns: Sequence[int], index: Sequence[int] | None, weight: Node) -> Node:
+    """The product of the flattened outer product with these weight columns, [B, N, ...]."""
+    b, (h, m) = s.builder, found.sizes
+    order = list(columns) if index is None else [c for _, c in sorted(zip(index, columns))]
+    w = b.call(aten.reshape.default, b.pick(weight, 1, order), [int(weight.meta["val"].shape[0]), h, m])
+    first = b.call(aten.squeeze.dim, found.first, 2)
+    second = b.call(aten.squeeze.dim, found.second, 1)
+    rest = "xyz"[: len(first.meta["val"].shape) - 2]
+    if found.early_first:
+        inside = b.call(aten.einsum.default, f"nhm,bh{rest}->bnm{rest}", [w, first])
+        return b.call(aten.einsum.default, f"bm{rest},bnm{rest}->bn{rest}", [second, inside])
+    inside = b.call(aten.einsum.default, f"nhm,bm{rest}->bnh{rest}", [w, second])
+    return b.call(aten.einsum.default, f"bh{rest},bnh{rest}->bn{rest}", [first, inside])
+
+
+def covers(found: Factors, index: Sequence[int] | None) -> bool:
+    """Whether the picked entries are all of the outer product, once each."""
+    h, m = found.sizes
+    return index is None or sorted(index) == list(range(h * m))
+
+
+__all__ = ["Factors", "Picked", "covers", "factors", "multiply", "outer"]
