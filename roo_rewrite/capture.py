@@ -96,14 +96,20 @@ def trace_batch(model: nn.Module, atoms: Sequence[Tensor]) -> int:
     return next(p for p in primes if all(s % p or s == 0 for s in sizes))
 
 
+def one_level(inputs: Inputs, atoms: Sequence[Tensor]) -> int:
+    """The rows of an impression-level example. Raises CaptureError where it is none."""
+    counts = [inputs.rows(atoms, side) for side in _BOTH]
+    known = {c for c in counts if c is not None}
+    if len(known) > 1:
+        raise CaptureError(f"the example must be impression-level: request and impression inputs have {counts} rows")
+    if not known or not max(known):
+        raise CaptureError("the example has no rows; give at least one impression (two or more are better)")
+    return max(known)
+
+
 def trace_rows(inputs: Inputs, atoms: Sequence[Tensor], batch: int) -> list[Tensor]:
     """The example at `batch` rows, its rows taken in turn."""
-    counts = [inputs.rows(atoms, side) for side in _BOTH]
-    rows = next((c for c in counts if c is not None), 0)
-    if len({c for c in counts if c is not None}) > 1:
-        raise CaptureError(f"the example must be impression-level: request and impression inputs have {counts} rows")
-    if not rows:
-        raise CaptureError("the example has no rows; give at least one impression (two or more are better)")
+    rows = one_level(inputs, atoms)
     return inputs.select(atoms, torch.arange(batch) % rows, _BOTH)
 
 

@@ -30,7 +30,7 @@ import passes.normalize
 import passes.partition
 import passes.split
 from roo_rewrite import legality
-from roo_rewrite.capture import Captured, capture
+from roo_rewrite.capture import Captured, capture, one_level
 from roo_rewrite.emit import emit, rename
 from roo_rewrite.equivalence import draw_batch
 from roo_rewrite.errors import CaptureError, EquivalenceError, SpecError
@@ -87,6 +87,7 @@ def rewrite(
     atoms, statics = inputs.flatten(args, kwargs, Provenance.IMPRESSION)
     options = Options(_fanout(fanout), _dropout(dropout), _paths(model, leaves), check, split)
     known = _runs(model, args, kwargs)
+    one_level(inputs, atoms)
     return RequestModel(model, inputs, atoms, statics, Builder(options), known)
 
 
