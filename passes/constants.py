@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx
 from torch import Tensor
@@ -49,7 +51,7 @@ def _compute(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) ->
         return None
     if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
         return None
-    known: dict[Node, object] = {}
+    known: dict[Node, Any] = {}
     for source in node.all_input_nodes:
         found = _argument(captured, source, memo)
         if found is None:

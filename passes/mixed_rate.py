@@ -44,6 +44,7 @@ def mixed_rate(graph: Graph, counts: Node) -> None:
             continue
         rows = y.args[1]
         if layout is None:
+            assert isinstance(rows, Node)
             with graph.inserting_after(rows):
                 layout = graph.call_function(jagged_layout, (counts, rows))
             layout.meta[SIDE] = Provenance.IMPRESSION
@@ -102,9 +103,9 @@ def _written(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
             return (f"{lead}ik", f"{lead}kj", f"{lead}ij"), x, y  # type: ignore[return-value]
         case aten.einsum.default:
             equation, operands = node.args[:2]
-            if len(operands) != 2 or len(node.args) > 2:  # type: ignore[arg-type]
+            if not isinstance(operands, (list, tuple)) or len(operands) != 2 or len(node.args) > 2:
                 return None
-            x, y = operands  # type: ignore[misc]
+            x, y = operands
             left, out = spelled_out(str(equation), [len(shape(x)), len(shape(y))]).split("->")
             first, second = left.split(",")
             repeated = any(len(set(t)) < len(t) for t in (first, second))
@@ -120,7 +121,8 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
     """sum(x * y, dims) where nothing else reads the product and both have all dims."""
-    inner, dims = node.args[0], node.args[1]
+    inner: Any = node.args[0]
+    dims: Any = node.args[1]
     keepdim = len(node.args) > 2 and node.args[2]
     if not isinstance(inner, Node) or inner.target is not aten.mul.Tensor or len(inner.users) > 1 or keepdim:
         return None
@@ -132,7 +134,7 @@ def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
     if not all(isinstance(f, Node) and len(_shape(f)) == len(full) for f in (x, y)) or len(full) < 2:
         return None
     letters = "bijklmn"[: len(full)]
-    gone = {d % len(full) for d in dims}  # type: ignore[union-attr]
+    gone = {d % len(full) for d in dims}
     if 0 in gone or len(full) > 7 or node.kwargs:
         return None
     names = ["".join(c for c, n in zip(letters, _shape(f)) if not (isinstance(n, int) and n == 1)) for f in (x, y)]

@@ -93,7 +93,7 @@ class Application:
 
 def _load() -> None:
     """Importing the handler modules registers them."""
-    for name in ("blocks", "views", "sums", "linear", "products", "reductions", "norms", "attention"):
+    for name in ("blocks", "joins", "views", "sums", "linear", "products", "reductions", "norms", "attention"):
         importlib.import_module(f"passes.split_{name}")
 
 

@@ -8,8 +8,7 @@ The rule is the one that hoisting uses, asked about another dim than the batch.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,13 +25,13 @@ from passes.forms import (
     Whole,
     dtype_of,
     hint,
-    is_mixed,
     is_static,
     provenance,
+    same_shape,
     same_size,
     with_size,
 )
-from passes.split import Application, Splitter, handles
+from passes.split import Application, Splitter
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Provenance, Replicated, Rows
 from roo_rewrite.rules.families import broadcasting
@@ -85,7 +84,7 @@ def _pointwise(s: Splitter, app: Application) -> Form | None:
         if all(isinstance(f, Whole) for f in operands(app)):
             return None
         result: Form = s.plain(bare)
-        return result if _equal(small, shape) else Expanded(result, shape)
+        return result if same_shape(small, shape) else Expanded(result, shape)
     back = cut.dim - cut.ndim
     if len(cut.parts) > _MANY:
         bare = _mapped(bare, lambda f: coalesced(s, f) if isinstance(f, Blocks) and f.dim - f.ndim == back else f)
@@ -94,7 +93,7 @@ def _pointwise(s: Splitter, app: Application) -> Form | None:
         return None
     cut_dims = [f.ndim + back for f in operands(bare)]
     made = Blocks(len(small) + back, tuple(together(s, pieces, len(small) + back, cut_dims)))
-    return made if _equal(small, shape) else Expanded(made, shape)
+    return made if same_shape(small, shape) else Expanded(made, shape)
 
 
 def together(s: Splitter, pieces: Sequence[Application], dim: int, cut_dims: Sequence[int]) -> list[Form]:
@@ -105,7 +104,7 @@ def together(s: Splitter, pieces: Sequence[Application], dim: int, cut_dims: Seq
     """
     groups: dict[Any, list[int]] = {}
     for i, piece in enumerate(pieces):
-        groups.setdefault(tuple(_source(f, c) for f, c in zip(operands(piece), cut_dims)), []).append(i)
+        groups.setdefault(tuple(source(f, c) for f, c in zip(operands(piece), cut_dims)), []).append(i)
     results: dict[int, Form] = {}
     for key, members in groups.items():
         if len(members) == 1 or not any(isinstance(part, tuple) for part in key):
@@ -120,7 +119,7 @@ def together(s: Splitter, pieces: Sequence[Application], dim: int, cut_dims: Seq
     return [results[i] for i in range(len(pieces))]
 
 
-def _source(form: Form, cut: int) -> Any:
+def source(form: Form, cut: int) -> Any:
     """What pieces must share to run as one: the tensor picked from along the cut, or the very form."""
     return (form.base.node, form.dim) if isinstance(form, Picked) and form.dim == cut else id(form)
 
@@ -194,11 +193,12 @@ def cut_operands(s: Splitter, app: Application, back: int) -> list[Application]:
 
 def refined(cuts: Sequence[Sequence[int]]) -> list[int]:
     """Sizes of the coarsest pieces that every one of `cuts` is made of."""
-    ends = sorted({end for sizes in cuts for end in _running(sizes)})
+    ends = sorted({end for sizes in cuts for end in running(sizes)})
     return [b - a for a, b in zip([0, *ends], ends)]
 
 
-def _running(sizes: Sequence[int]) -> list[int]:
+def running(sizes: Sequence[int]) -> list[int]:
+    """Running totals."""
     total, out = 0, []
     for size in sizes:
         total += size
@@ -242,7 +242,7 @@ def pick_form(s: Splitter, form: Form, dim: int, index: Sequence[int]) -> Form:
 
 def _pick_blocks(s: Splitter, form: Blocks, index: Sequence[int]) -> Form:
     """Runs of the index within one part each."""
-    starts = [0, *_running(form.sizes)]
+    starts = [0, *running(form.sizes)]
     owner = [p for p, size in enumerate(form.sizes) for _ in range(size)]
     runs: list[tuple[int, list[int]]] = []
     for i in index:
@@ -263,10 +263,6 @@ def broadcast(shapes: Sequence[Sequence[Any]]) -> tuple[Any, ...]:
             if not (is_static(size) and size == 1):
                 out[i] = size
     return tuple(out)
-
-
-def _equal(a: Sequence[Any], b: Sequence[Any]) -> bool:
-    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b))
 
 
 # -- by rule
@@ -333,161 +329,3 @@ def _unexpanded(s: Splitter, app: Application) -> Form | None:
     for dim, place in zip(dims, places):
         shape = with_size(shape, place.dim, form.shape[dim])
     return Expanded(result, shape)
-
-
-# -- making and taking apart
-
-
-@handles("aten.cat.default", "aten.concat.default", "aten.concatenate.default")
-def cat(s: Splitter, app: Application) -> Form | None:
-    """Parts of both sides stay parts; those of one side are joined."""
-    forms = app["tensors"]
-    if not all(isinstance(f, Form) for f in forms) or any(f.ndim != forms[0].ndim for f in forms):
-        return None
-    dim = app["dim"] % max(forms[0].ndim, 1)
-    if any(not is_static(f.shape[dim]) for f in forms) or len({dtype_of(f) for f in forms}) > 1:
-        return None
-    parts = [p for f in forms for p in (f.parts if isinstance(f, Blocks) and f.dim == dim else (f,))]
-    made = Blocks(dim, merged_picks((p for p in parts if hint(p.shape[dim])), dim))
-    structured = any(isinstance(p, (Expanded, Blocks, Sum, Filled)) for p in made.parts)
-    return made if len(made.parts) > 1 and (is_mixed(made) or structured) else None
-
-
-def merged_picks(parts: Iterable[Form], dim: int) -> tuple[Form, ...]:
-    """Neighbouring picks of one tensor along `dim` become one."""
-    out: list[Form] = []
-    for part in parts:
-        before = out[-1] if out else None
-        picks = isinstance(part, Picked) and isinstance(before, Picked)
-        if picks and part.dim == dim and _source(part, dim) == _source(before, dim):
-            out[-1] = Picked(part.base, part.dim, (*before.index, *part.index))
-        else:
-            out.append(part)
-    return tuple(out)
-
-
-@handles("aten.stack.default")
-def stack(s: Splitter, app: Application) -> Form | None:
-    """A concatenation of operands with a new dim."""
-    dim = app["dim"] % (app["tensors"][0].ndim + 1)
-    if not is_mixed(Blocks(0, tuple(app["tensors"]))):
-        return None
-    return s.op(aten.cat.default, [s.op(aten.unsqueeze.default, f, dim) for f in app["tensors"]], dim)
-
-
-@handles("aten.slice.Tensor", "aten.narrow.default")
-def slice_(s: Splitter, app: Application) -> Form | None:
-    """A range of a dim of parts."""
-    x = app.form("self")
-    dim = app["dim"] % max(x.ndim, 1)
-    if isinstance(x, Whole) or not is_static(x.shape[dim]):
-        return None
-    if str(app.target) == "aten.narrow.default":
-        start, stop, step = app["start"], app["start"] + app["length"], 1
-    else:
-        start, stop, step = app["start"], app["end"], app["step"]
-    if any(isinstance(v, Node) for v in (start, stop, step)):
-        return None
-    return pick_form(s, x, dim, range(x.shape[dim])[slice(start, stop, step)])
-
-
-@handles("aten.select.int")
-def select(s: Splitter, app: Application) -> Form | None:
-    """One entry of a dim of parts: the entry of the part that has it."""
-    x = app.form("self")
-    dim, index = app["dim"] % max(x.ndim, 1), app["index"]
-    if not isinstance(x, (Blocks, Expanded)) or not is_static(x.shape[dim]) or isinstance(index, Node):
-        return None
-    picked = pick_form(s, x, dim, [index % x.shape[dim]])
-    return s.op(aten.squeeze.dim, picked, dim)
-
-
-@handles("aten.index_select.default")
-def index_select(s: Splitter, app: Application) -> Form | None:
-    """Entries by a constant index."""
-    x, index = app.form("self"), constant_value(s, app.form("index"))
-    dim = app["dim"] % max(x.ndim, 1)
-    if isinstance(x, Whole) or index is None or not is_static(x.shape[dim]):
-        return None
-    return pick_form(s, x, dim, [int(i) % x.shape[dim] for i in index])
-
-
-def constant_value(s: Splitter, form: Form) -> list[int] | None:
-    """The entries of an index vector known at compile time."""
-    from passes.constants import evaluate
-
-    if not isinstance(form, Whole):
-        return None
-    value = evaluate(s.captured, form.node)
-    if value is None or value.ndim != 1 or value.dtype != torch.int64:
-        return None
-    return [int(v) for v in value]
-
-
-@handles("aten.unbind.int")
-def unbind(s: Splitter, app: Application) -> list[Form] | None:
-    """Every entry of a dim of parts."""
-    x = app.form("self")
-    dim = app["dim"] % max(x.ndim, 1)
-    if isinstance(x, Whole) or not is_static(x.shape[dim]):
-        return None
-    return [s.op(aten.squeeze.dim, pick_form(s, x, dim, [i]), dim) for i in range(x.shape[dim])]
-
-
-@handles("aten.split.Tensor", "aten.split_with_sizes.default", "aten.split.sizes", "aten.chunk.default")
-def split_parts(s: Splitter, app: Application) -> list[Form] | None:
-    """Ranges of a dim of parts."""
-    x = app.form("self")
-    dim = app["dim"] % max(x.ndim, 1)
-    if isinstance(x, Whole) or not is_static(x.shape[dim]):
-        return None
-    total = x.shape[dim]
-    name = str(app.target)
-    if name == "aten.chunk.default":
-        size = math.ceil(total / app["chunks"])
-    else:
-        size = app.named.get("split_size", app.named.get("split_sizes"))
-    sizes = size if isinstance(size, list) else [size] * (total // size) + [total % size] * bool(total % size)
-    ends = _running(sizes)
-    return [pick_form(s, x, dim, range(end - n, end)) for n, end in zip(sizes, ends)]
-
-
-@handles("aten.expand.default")
-def expand(s: Splitter, app: Application) -> Form | None:
-    """An expand is not carried out: what reads it may do with one copy."""
-    x = app.form("self")
-    sizes = [v.meta["val"] if isinstance(v, Node) else v for v in app["size"]]
-    while x.ndim < len(sizes):
-        x = s.op(aten.unsqueeze.default, x, 0)
-    shape = tuple(have if is_static(want) and want == -1 else want for want, have in zip(sizes, x.shape))
-    if _equal(shape, x.shape):
-        return x
-    grown = [d for d in range(len(shape)) if not same_size(shape[d], x.shape[d])]
-    if any(not is_static(shape[d]) for d in grown):
-        return None
-    return Expanded(x.form, shape) if isinstance(x, Expanded) else Expanded(x, shape)
-
-
-@handles("aten.expand_as.default")
-def expand_as(s: Splitter, app: Application) -> Form | None:
-    """As `expand`, to the shape of another value."""
-    x, shape = app.form("self"), app.form("other").shape
-    if x.ndim != len(shape):
-        return None
-    grown = [d for d in range(len(shape)) if not same_size(shape[d], x.shape[d])]
-    if not grown or any(not is_static(shape[d]) for d in grown):
-        return None
-    return Expanded(x.form if isinstance(x, Expanded) else x, shape)
-
-
-@handles("aten.repeat.default")
-def repeat(s: Splitter, app: Application) -> Form | None:
-    """Copies of dims of size 1 are an expand."""
-    x, repeats = app.form("self"), app["repeats"]
-    if any(isinstance(r, Node) for r in repeats) or len(repeats) < x.ndim:
-        return None
-    while x.ndim < len(repeats):
-        x = s.op(aten.unsqueeze.default, x, 0)
-    if any(r != 1 and not (is_static(n) and n == 1) for r, n in zip(repeats, x.shape)):
-        return None
-    return Expanded(x, tuple(r if r != 1 else n for r, n in zip(repeats, x.shape)))

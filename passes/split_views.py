@@ -15,7 +15,8 @@ from torch.fx import Node
 
 from passes.forms import Blocks, Expanded, Form, Lazy, Picked, Sum, Whole, hint, is_static, same_size, with_size
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import constant_value, pick_form
+from passes.split_blocks import pick_form
+from passes.split_joins import constant_value
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Rows
 from roo_rewrite.rules.families import reshaped
@@ -30,7 +31,9 @@ def reshape(s: Splitter, app: Application) -> Form | None:
     x = app.form("self")
     if isinstance(x, Whole):
         return None
-    sizes = [v.meta["val"] if isinstance(v, Node) else v for v in app.named.get("size", app.named.get("shape"))]
+    sizes = [
+        v.meta["val"] if isinstance(v, Node) else v for v in (app["size"] if "size" in app.named else app["shape"])
+    ]
     return to_shape(s, x, _filled_in(x.shape, sizes))
 
 

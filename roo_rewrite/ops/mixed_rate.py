@@ -50,7 +50,7 @@ def jagged_layout(num_impressions: Tensor, rows: Tensor) -> Layout:
         return Layout(rows, buckets=(_bucket(num_impressions, None, total),))
     bits = torch.frexp(num_impressions.to(torch.float64)).exponent
     taken = num_impressions > 0
-    members = [((bits == b) & taken).nonzero().flatten() for b in bits[taken].unique().tolist()]
+    members = [((bits == b) & taken).nonzero().flatten() for b in torch.unique(bits[taken]).tolist()]
     buckets = tuple(_bucket(num_impressions, m, total) for m in members)
     order = torch.argsort(torch.cat([b.gather.index_select(0, b.keep) for b in buckets]))
     return Layout(rows, buckets=buckets, order=order)
@@ -84,6 +84,6 @@ def jagged_einsum(equation: str, x: Tensor, y: Tensor, layout: Layout) -> Tensor
     parts = []
     for bucket in layout.buckets:
         right = y if bucket.requests is None else y.index_select(0, bucket.requests)
-        blocks = x.index_select(0, bucket.gather).unflatten(0, (-1, bucket.width))
+        blocks = x.index_select(0, bucket.gather).reshape(-1, bucket.width, *x.shape[1:])
         parts.append(torch.einsum(padded, blocks, right).flatten(0, 1).index_select(0, bucket.keep))
     return parts[0] if layout.order is None else torch.cat(parts).index_select(0, layout.order)
