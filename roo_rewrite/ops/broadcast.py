@@ -21,7 +21,7 @@ def jagged_broadcast(x: Tensor, rows: Tensor, dim: int = 0, outer: int = 1, inne
     """
     if outer == 1 and inner == 1:
         return x.index_select(dim, rows)
-    split = x.unflatten(dim, (outer, -1, inner))
+    split = x.reshape(*x.shape[:dim], outer, x.shape[dim] // (outer * inner), inner, *x.shape[dim + 1 :])
     return split.index_select(dim + 1, rows).flatten(dim, dim + 2)
 
 
