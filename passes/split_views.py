@@ -77,7 +77,7 @@ def _filled_in(before: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, ...]:
     # A batch size on both sides cancels; what is left is static.
     if not is_static(rest):
         batch = next((v for v in left if not is_static(v)), None)
-        if batch is not None:
+        if batch is not None and same_size(rest // batch * batch, rest):
             left.remove(batch)
             rest = rest // batch
             rest = int(rest) if is_static(rest) or rest.node.expr.is_Integer else rest
@@ -194,6 +194,8 @@ def index(s: Splitter, app: Application) -> Form | None:
     vectors = [constant_value(s, v) if isinstance(v, Form) else None for v in indices[dims[0] : dims[-1] + 1]]
     sizes = x.shape[dims[0] : dims[-1] + 1]
     if any(v is None for v in vectors) or any(not is_static(n) for n in sizes):
+        return None
+    if len({len(v or ()) for v in vectors}) > 1:  # one broadcasts
         return None
     flat = [0] * len(vectors[0] or ())
     for vector, size in zip(vectors, sizes):
