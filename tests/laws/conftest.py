@@ -97,8 +97,9 @@ class Law:
 
 def _results(original: nn.Module, out: Any, batch: Inputs) -> list[Tensor]:
     outputs = [t for t in torch.utils._pytree.tree_leaves(out) if isinstance(t, Tensor)]
-    weights = [torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape) for t in outputs]
-    loss = sum((t * w).sum() for t, w in zip(outputs, weights) if t.requires_grad)
+    floats = [t for t in outputs if t.requires_grad]
+    weights = [torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape) for t in floats]
+    loss = sum((t * w).sum() for t, w in zip(floats, weights))
     asking = [*(p for p in original.parameters()), *(t for t in batch.values() if t.requires_grad)]
     if not isinstance(loss, Tensor) or not asking:
         return [t.detach() for t in outputs]
@@ -121,9 +122,7 @@ def law() -> Callable[..., Law]:
         draws = {n: d if callable(d) else drawn(d) for n, d in inputs.items()}
         example = {n: draw(5) for n, draw in draws.items()}
         names = list(draws)
-        spec = roo.FeatureSpec(
-            request=[n for n in names if n[0] == "u"], impression=[n for n in names if n[0] != "u"]
-        )
+        spec = roo.FeatureSpec(request=[n for n in names if n[0] == "u"], impression=[n for n in names if n[0] != "u"])
         rewritten = roo.rewrite(model, (), example, spec=spec, fanout=4, check=True, split="always")
         made = Law(model, rewritten, draws)
         if equal:

@@ -1,0 +1,75 @@
+"""sum/mean/max(stack[E a, c])  =  the same over each part, then combined."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from law_parts import Model, few, fields, side_by_side
+from torch import Tensor
+
+aten = torch.ops.aten
+REDUCTIONS = {
+    "sum": (lambda t, d, k: t.sum(d, keepdim=k), aten.sum.dim_IntList),
+    "mean": (lambda t, d, k: t.mean(d, keepdim=k), aten.mean.dim),
+    "amax": (lambda t, d, k: t.amax(d, keepdim=k), aten.amax.default),
+    "amin": (lambda t, d, k: t.amin(d, keepdim=k), aten.amin.default),
+}
+
+
+@few
+@given(
+    fields(2, 3), st.sampled_from(sorted(REDUCTIONS)), st.booleans(), st.sampled_from([(1,), (-2,), (1, 2), (-1, 1)])
+)
+def test_each_side_is_reduced_by_itself(
+    law: Any, drawn: dict[str, int], name: str, keepdim: bool, dims: tuple[int, ...]
+) -> None:
+    reduce, target = REDUCTIONS[name]
+    names = list(drawn)
+
+    def run(m: Model, **inputs: Tensor) -> Tensor:
+        return reduce(side_by_side(inputs, names, 1), dims, keepdim)
+
+    found = law(Model(run), **{f: (w, 2) for f, w in drawn.items()})
+    assert target in found.moved()
+
+
+@few
+@given(st.permutations(["u0", "u1", "x0", "x1"]), st.sampled_from(["prod", "any", "all"]))
+def test_over_stacked_fields(law: Any, order: list[str], name: str) -> None:
+    def run(m: Model, **inputs: Tensor) -> Tensor:
+        stacked = torch.stack([inputs[n] for n in order], 1)
+        return stacked.prod(1) if name == "prod" else getattr(stacked > 0.3, name)(1)
+
+    law(Model(run), **dict.fromkeys(order, (3,)))
+
+
+def test_a_mean_over_another_dim_is_taken_block_by_block(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([u, x], 1).mean(2)
+
+    assert aten.mean.dim in law(Model(run), u=(2, 3), x=(4, 3)).moved()
+
+
+@pytest.mark.parametrize("name", ["max", "logsumexp", "median", "argmax", "cumsum"])
+def test_declines_what_is_no_sum(law: Any, name: str) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Any:
+        out = getattr(torch.cat([u, x], 1), name)(1)
+        return out if isinstance(out, Tensor) else tuple(out)
+
+    found = law(Model(run), u=(3, 2), x=(4, 2))
+    assert not found.moved()
+
+
+def test_integers_and_flags_are_summed_exactly(law: Any) -> None:
+    big = lambda n: torch.randint(2**52, 2**53, (n, 3))  # noqa: E731
+
+    def run(m: Model, u: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        both = torch.cat([u, x], 1)
+        flags = both % 2 == 0
+        return both.sum(1), flags.sum(1), both.int().prod(1), flags.sum(1, dtype=torch.int32)
+
+    law(Model(run), u=big, x=big)

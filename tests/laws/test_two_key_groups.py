@@ -1,0 +1,136 @@
+"""Attention over cat[E h, t] along the sequence: the history sees itself once per request, where a mask lets it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from law_parts import Model, parameter
+from torch import Tensor, nn
+
+aten = torch.ops.aten
+LOW = {"inf": float("-inf"), "finite": -1e9}
+
+
+def causal(n: int) -> Tensor:
+    return torch.ones(n, n, dtype=torch.bool).tril()
+
+
+def layer(m: Model, h: Tensor, how: str, low: float) -> Tensor:
+    """One block of self-attention and feed-forward, its mask spelled in one of many ways."""
+    q, k, v = F.linear(F.layer_norm(h, (4,)), m.qkv).chunk(3, -1)
+    n = h.shape[1]
+    if how == "is_causal":
+        return h + F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    if how == "fused":
+        return h + F.scaled_dot_product_attention(q, k, v, attn_mask=m.seen)
+    if how == "fused floats":
+        return h + F.scaled_dot_product_attention(q, k, v, attn_mask=torch.zeros(n, n).to(h).masked_fill(~m.seen, low))
+    scores = q @ k.transpose(1, 2) / 2
+    if how == "computed":
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), low)
+    elif how == "added":
+        scores = scores + torch.zeros(n, n).to(h).masked_fill(~m.seen, low)
+    else:
+        scores = scores.masked_fill(~m.seen, low)
+    return h + (scores.softmax(-1) @ v).relu()
+
+
+HOW = ["is_causal", "fused", "fused floats", "computed", "added", "filled"]
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.sampled_from(HOW), st.sampled_from(sorted(LOW)), st.integers(2, 3), st.integers(1, 2), st.integers(1, 2))
+def test_the_history_runs_once_per_request(law: Any, how: str, low: str, length: int, targets: int, depth: int) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        for _ in range(depth):
+            h = layer(m, h, how, LOW[low])
+        return h[:, -1]
+
+    model = Model(run, qkv=parameter(12, 4), seen=causal(length + targets))
+    found = law(model, u=(length, 4), x=(targets, 4))
+    linears = depth * 2 * 4 * 12 * (3 * length + 12 * targets)
+    n = length + targets
+    scores = depth * 2 * 2 * 4 * (3 * length * length + 12 * targets * n)
+    if depth == 1:
+        assert found.flops()[1] <= linears + scores
+    assert {aten.softmax.int, aten.scaled_dot_product_attention.default} & set(found.moved()) or depth == 1
+
+
+def attend(h: Tensor, mask: Tensor, low: float) -> Tensor:
+    return (h @ h.transpose(1, 2)).masked_fill(mask, low).softmax(-1) @ h
+
+
+DECLINED = {
+    "no mask": lambda m, h: (h @ h.transpose(1, 2)).softmax(-1) @ h,
+    "too weak": lambda m, h: attend(h, ~m.seen, -10.0),
+    "a row sees nothing": lambda m, h: attend(h, ~m.seen.tril(-1), -1e9),
+    "history sees the target": lambda m, h: attend(h, ~m.seen.t(), -1e9),
+    "two masks leave nothing": lambda m, h: (
+        ((h @ h.transpose(1, 2)).masked_fill(m.a, -1e9).masked_fill(~m.seen, -1e9)).softmax(-1) @ h
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(DECLINED))
+def test_declines_without_a_mask_that_separates(law: Any, name: str) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return DECLINED[name](m, torch.cat([u, x], 1))
+
+    closed = torch.zeros(4, 4, dtype=torch.bool)
+    closed[0, 0] = True  # with the causal mask, row 0 sees nothing
+    found = law(Model(run, seen=causal(4), a=closed), u=(3, 4), x=(1, 4))
+    assert aten.softmax.int not in found.moved()
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_padding_on_top_of_a_causal_mask(law: Any, fused: bool) -> None:
+    def run(m: Model, u: Tensor, u_seen: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        seen = torch.cat([u_seen, torch.ones_like(u_seen[:, :1])], 1).unsqueeze(1)
+        if fused:
+            return F.scaled_dot_product_attention(h, h, h, attn_mask=seen & m.seen)
+        scores = (h @ h.transpose(1, 2)).masked_fill(~seen, -1e9)
+        return scores.masked_fill(~m.seen, -1e9).softmax(-1) @ h
+
+    law(Model(run, seen=causal(4)), u=(3, 4), u_seen=lambda n: torch.rand(n, 3) < 0.4, x=(1, 4))
+
+
+def test_multi_head_attention(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        return m.attention(h, h, h, attn_mask=~m.seen)[0]
+
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    law(Model(run, attention=attention, seen=causal(4)), u=(3, 4), x=(1, 4))
+
+
+def test_low_numbers_that_are_no_mask(law: Any) -> None:
+    """-2e8 added where no softmax follows is a number like any other."""
+    law(Model(lambda m, u, x: (x + m.low) - m.low + u, low=torch.full((4,), -2e8)), u=(4,), x=(4,))
+
+
+def test_a_mask_wider_than_what_it_masks(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        h = torch.cat([u, x], 1).unsqueeze(1)
+        return h.masked_fill(m.none, 1.0), h.masked_fill(~m.none, 1.0), x.unsqueeze(1) + m.low
+
+    low = torch.full((1, 5, 4), -1e9)
+    law(Model(run, none=torch.zeros(1, 5, 7, dtype=torch.bool), low=low), u=(3,), x=(4,))
+
+
+def test_a_mask_that_changes_is_noticed(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        return F.scaled_dot_product_attention(h, h, h, attn_mask=m.seen)
+
+    found = law(Model(run, seen=causal(4)), u=(3, 4), x=(1, 4))
+    found.original.seen.fill_(True)
+    found.equal()
+    found.original.seen = causal(4).t()
+    found.equal()
