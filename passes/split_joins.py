@@ -77,7 +77,10 @@ def slice_(s: Splitter, app: Application) -> Form | None:
     if isinstance(x, Whole) or not is_static(x.shape[dim]):
         return None
     if str(app.target) == "aten.narrow.default":
-        start, stop, step = app["start"], app["start"] + app["length"], 1
+        start, step = app["start"], 1
+        if isinstance(start, int) and start < 0:
+            start += x.shape[dim]
+        stop = start + app["length"]
     else:
         start, stop, step = app["start"], app["end"], app["step"]
     if any(isinstance(v, Node) for v in (start, stop, step)):
