@@ -1,0 +1,177 @@
+"""split: a tiny graph in, the graph out; what is left alone; and that both are equal on one impression-level batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Graph
+
+from passes.annotate import Policy, annotate
+from passes.normalize import normalize
+from passes.split import HANDLERS, Split, handles, split
+from roo_rewrite.capture import Captured
+from roo_rewrite.legality import normalized
+
+Function = Callable[..., Any]
+
+
+class Run(torch.fx.Interpreter):
+    """A traced graph on a batch, in float64."""
+
+    def __init__(self, trace: Captured, graph: Graph):
+        super().__init__(nn.Module(), graph=graph)
+        self.model, self.constants = copy.deepcopy(trace.model).double(), trace.constants
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target.startswith("_roo."):
+            found = self.constants[target.removeprefix("_roo.")]
+            return found.double() if found.is_floating_point() else found
+        owner, _, name = target.rpartition(".")
+        return getattr(self.model.get_submodule(owner), name)
+
+
+def split_of(captured: Function, function: Function, mode: str = "always", fanout: float = 16.0) -> tuple[Any, ...]:
+    """The trace, its graph before and after, and what was considered."""
+    trace, inputs = captured(function)
+    normalize(trace)
+    annotate(trace, inputs, trace.model, Policy())
+    before = trace.graph
+    found: Split = split(trace, fanout, mode)  # type: ignore[arg-type]
+    return trace, before, trace.graph, found
+
+
+@pytest.fixture
+def after(captured: Function, printed: Callable[..., str]) -> Callable[..., str]:
+    """after(function): the split graph, in text; equal to the graph it came from."""
+
+    def make(function: Function) -> str:
+        trace, before, graph, _ = split_of(captured, function)
+        same(trace, before, graph)
+        return printed(graph)
+
+    return make
+
+
+def same(trace: Captured, before: Graph, graph: Graph) -> None:
+    """Both graphs on one batch whose request rows repeat nothing: split must not rely on the annotation."""
+    normalized(graph)
+    batch = [torch.randn(7, 4, dtype=torch.float64) for _ in range(2)]
+    for got, want in zip(Run(trace, graph).run(*batch), Run(trace, before).run(*batch), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def wide(m: nn.Module, *parts: Tensor) -> Tensor:
+    return F.linear(torch.cat(parts, 1), torch.cat([m.w] * (sum(p.shape[1] for p in parts) // 4), 1))
+
+
+def test_a_linear_over_both_sides(after: Callable[..., str]) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        return F.linear(torch.cat([x[:, :2], u[:, :2]], 1), m.w)
+
+    assert after(model).splitlines()[-6:] == [
+        "slice_tensor = slice(w, 1, 2, 4)",
+        "linear_default = linear(slice_4, slice_tensor)",
+        "slice_tensor_1 = slice(w, 1, 0, 2)",
+        "linear_default_1 = linear(slice_2, slice_tensor_1)",
+        "add_tensor = add(linear_default, linear_default_1)",
+        "return [add_tensor]",
+    ]
+
+
+def test_interleaved_columns_become_one_block_a_side(after: Callable[..., str]) -> None:
+    text = after(lambda m, u, x: wide(m, u, x, u, x))
+    assert text.count("linear(") == 2
+
+
+def test_a_sum_crosses_once(after: Callable[..., str]) -> None:
+    assert after(lambda m, u, x: ((u + x) + u.relu()).tanh()).splitlines() == [
+        "relu = relu(u)",
+        "add_tensor = add(u, relu)",
+        "add_tensor_1 = add(add_tensor, x)",
+        "tanh = tanh(add_tensor_1)",
+        "return [tanh]",
+    ]
+
+
+def test_a_pointwise_op_goes_block_by_block(after: Callable[..., str]) -> None:
+    assert after(lambda m, u, x: torch.cat([u, x], 1).relu()).splitlines() == [
+        "relu_default = relu(u)",
+        "relu_default_1 = relu(x)",
+        "cat_default = cat([relu_default, relu_default_1], 1)",
+        "return [cat_default]",
+    ]
+
+
+LEFT_ALONE = {
+    "one side": lambda m, u, x: F.linear(torch.cat([u[:, :2], u[:, 2:]], 1), m.w) * x,
+    "cat along the batch": lambda m, u, x: F.linear(torch.cat([u, x], 0), m.w),
+    "integers": lambda m, u, x: (u.long() + x.long()) + u.long(),
+    "softmax": lambda m, u, x: torch.cat([u, x], 1).softmax(1),
+}
+
+
+@pytest.mark.parametrize("name", sorted(LEFT_ALONE))
+def test_left_alone(captured: Function, printed: Callable[..., str], name: str) -> None:
+    trace, before, graph, _ = split_of(captured, LEFT_ALONE[name])
+    same(trace, before, graph)
+    calls = [sorted(str(n.target) for n in g.nodes if n.op == "call_function") for g in (before, graph)]
+    assert calls[0] == calls[1]
+
+
+EQUAL = {
+    "pairs": lambda m, u, x: (t := torch.stack([u, x, u * x], 1)) @ t.transpose(1, 2),
+    "square": lambda m, u, x: torch.stack([u, x], 1).sum(1) ** 2 - (torch.stack([u, x], 1) ** 2).sum(1),
+    "norm": lambda m, u, x: wide(m, *F.layer_norm(torch.cat([u, x], 1), (8,)).chunk(2, 1)),
+    "expand": lambda m, u, x: F.linear(x.unsqueeze(1).expand(-1, 3, -1), m.w) * u.unsqueeze(1),
+    "attention": lambda m, u, x: F.scaled_dot_product_attention(
+        t := torch.stack([u, u * 2, x], 1), t, t, is_causal=True
+    ),
+    "views": lambda m, u, x: torch.cat([u, x], 1).view(-1, 2, 2, 2).transpose(1, 2).flatten(2) @ m.w,
+    "a batch that is matched": lambda m, u, x: F.linear(torch.cat([u, x], 1), torch.cat([x, x], 1)).softmax(1),
+    "rows in another order": lambda m, u, x: F.linear((u + x).flip(0), m.w),
+    "statistics of the batch": lambda m, u, x: wide(m, u - u.mean(0), x),
+    "written in place": lambda m, u, x: wide(m, torch.cat([u, x], 1).add_(1).mul_(2)[:, :4], x),
+    "picks": lambda m, u, x: torch.cat([u, x], 1)[:, [0, -1, 3, 3]] @ m.w,
+    "narrow": lambda m, u, x: torch.narrow(torch.cat([u, x], 1), 1, -6, 4) @ m.w,
+    "unbound": lambda m, u, x: torch.stack(torch.cat([u, x], 1).unbind(1)[2:6], 1) @ m.w,
+    "reduced to nothing": lambda m, u, x: (torch.cat([u, x], 1) @ torch.cat([m.w, m.w])).sum(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EQUAL))
+def test_equal_on_any_batch(captured: Function, name: str) -> None:
+    trace, before, graph, _ = split_of(captured, EQUAL[name])
+    same(trace, before, graph)
+
+
+def test_never_leaves_the_graph(captured: Function) -> None:
+    _, before, graph, found = split_of(captured, lambda m, u, x: wide(m, u, x), mode="never")
+    assert graph is before
+    assert not found.candidates
+
+
+@pytest.mark.parametrize("fanout", [1.0, 1000.0])
+def test_the_price_decides(captured: Function, fanout: float) -> None:
+    """At fan-out 1 nothing is gained; a wide product pays at a high one."""
+
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([*((u * i).sin() for i in range(32)), x], 1)
+        return F.linear(h, torch.cat([m.w] * 33, 1).repeat(64, 1))
+
+    trace, before, graph, found = split_of(captured, model, mode="priced", fanout=fanout)
+    same(trace, before, graph)
+    assert [c.taken for c in found.candidates] == [fanout > 1]
+    assert all(c.gain > 1 for c in found.candidates if c.taken)
+
+
+def test_a_second_handler_is_an_error() -> None:
+    split_handlers = dict(HANDLERS)
+    with pytest.raises(ValueError, match=r"aten\.cat\.default has a form handler already"):
+        handles("aten.cat.default")(lambda s, app: None)
+    assert split_handlers == HANDLERS
