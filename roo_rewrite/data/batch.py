@@ -35,16 +35,6 @@ class Layout:
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> Any:
-        """Pickled with an example of the tree: torch's own pickle of a tree warns when it is read."""
-        skeleton = pytree.tree_unflatten(range(len(self.inputs.leaves)), self.inputs.tree)
-        bare = replace(self.inputs, tree=pytree.tree_structure(()))
-        return _layout, (bare, skeleton)
-
-
-def _layout(inputs: Inputs, skeleton: Any) -> Layout:
-    return Layout(replace(inputs, tree=pytree.tree_structure(skeleton)))
-
 
 class Notes:
     """What travels with a batch but is no tensor and no part of its structure: all notes compare equal."""
