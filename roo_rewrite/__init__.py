@@ -1,5 +1,6 @@
 """roo-rewrite: an impression-level recommender in, an equivalent request-level one out."""
 
+from roo_rewrite.data import RequestBatch, group
 from roo_rewrite.equivalence import verify
 from roo_rewrite.errors import (
     CaptureError,
@@ -23,9 +24,11 @@ __all__ = [
     "FeatureSpec",
     "InputError",
     "Report",
+    "RequestBatch",
     "RequestModel",
     "RooError",
     "SpecError",
+    "group",
     "rewrite",
     "verify",
 ]
