@@ -15,7 +15,7 @@ from torch import Tensor
 PRODUCTS = {
     "bmm": lambda k, q: torch.bmm(k, q.unsqueeze(2)).squeeze(2),
     "matmul": lambda k, q: q.unsqueeze(1) @ k.transpose(1, 2),
-    "einsum": lambda k, q: torch.einsum("btd,bd->tb", k, q).t(),
+    "einsum": lambda k, q: torch.einsum("btd,bd->bt", k, q),
     "sum": lambda k, q: (k * q.unsqueeze(1)).sum(-1),
     "attention": lambda k, q: F.scaled_dot_product_attention(q.unsqueeze(1), k, k),
 }
