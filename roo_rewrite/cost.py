@@ -31,7 +31,7 @@ class Device:
     start_ns: float
 
 
-CPU = Device(flops_per_ns=60.0, bytes_per_ns=12.0, start_ns=2_000.0)
+CPU = Device(flops_per_ns=60.0, bytes_per_ns=30.0, start_ns=2_000.0)
 CUDA = Device(flops_per_ns=200_000.0, bytes_per_ns=2_500.0, start_ns=6_000.0)
 NOMINAL_IMPRESSIONS = 4096
 

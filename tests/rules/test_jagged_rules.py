@@ -44,7 +44,12 @@ def infer_call(op: Any, *args: Any, out: Any = ((BATCH, 2),), **kwargs: Any) -> 
     return infer(make_call(op, args, kwargs, lambda value: value, BATCH, out))
 
 
-@pytest.mark.parametrize(("op", "a_case"), list(joint(2)), ids=str)
+def label(value: Any) -> str:
+    """A name that is the same in every process."""
+    return "_".join(value.shapes) if isinstance(value, Case) else str(value)
+
+
+@pytest.mark.parametrize(("op", "a_case"), list(joint(2)), ids=label)
 def test_each_operand_must_belong_to_the_same_pair(op: str, a_case: Case) -> None:
     for i, drawn in enumerate(law.trial(op, a_case, BATCH).drawn):
         if isinstance(drawn.batching, (Ragged, Offsets, Lengths)):
@@ -59,7 +64,7 @@ def test_each_operand_must_belong_to_the_same_pair(op: str, a_case: Case) -> Non
                 predict(op, a_case, i, replace(drawn.batching, last=not drawn.batching.last))
 
 
-@pytest.mark.parametrize(("op", "a_case"), list(joint(1)), ids=str)
+@pytest.mark.parametrize(("op", "a_case"), list(joint(1)), ids=label)
 def test_dense_operands_must_have_the_rows(op: str, a_case: Case) -> None:
     for i, drawn in enumerate(law.trial(op, a_case, BATCH).drawn):
         if type(drawn.batching) is Rows:
