@@ -12,6 +12,8 @@ from roo_rewrite.capture import Captured
 from roo_rewrite.emit import Emitted
 from roo_rewrite.leaves import LeafSite
 
+_CHEAP = 1 << 16
+
 
 class LeafCall(nn.Module):
     """A leaf's call site in the emitted model: finds the real submodule by its path at each call."""
@@ -41,23 +43,27 @@ class Program:
     plan: Any = None
     notes: tuple[str, ...] = ()
     candidates: tuple[Any, ...] = ()
-    seen: dict[str, tuple[int, int]] = field(default_factory=dict)
+    seen: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         # Immutable once built, and the graph's traced values cannot be copied.
         return self
 
     def holds(self, model: nn.Module) -> bool:
-        """Whether the buffers whose values were built on (masks, index vectors) still have these values."""
+        """Whether the buffers whose values were built on (masks, index vectors) still have these values.
+
+        Small ones are compared at every call; large or remote ones only where torch says they were written.
+        """
         assumed = {} if self.captured is None else self.captured.assumed
         for name, value in assumed.items():
             buffer = model.get_buffer(name)
-            state = (id(buffer), buffer._version)
-            if self.seen.get(name) == state:
+            seen = self.seen.get(name)
+            cheap = buffer.numel() <= _CHEAP and buffer.device.type == "cpu"
+            if not cheap and seen is not None and seen[0] is buffer and seen[1] == buffer._version:
                 continue
             if buffer.shape != value.shape or not torch.equal(buffer.to(value), value):
                 return False
-            self.seen[name] = state
+            self.seen[name] = (buffer, buffer._version)
         return True
 
     def accepts(self, impressions: int) -> bool:
