@@ -91,7 +91,7 @@ def _cut(captured: Captured, movable: list[Node], fanout: float) -> set[Node]:
         if node.op == "placeholder":
             network.add_edge("source", into)
         elif saved > 0:
-            network.add_edge("source", into, capacity=saved)
+            network.add_edge("source", into, capacity=_whole(saved))
         _broadcast_edge(
             network, node, 2.0 * nbytes(node.meta.get("val")) / device.bytes_per_ns * scale, device.start_ns
         )
@@ -110,10 +110,15 @@ def _cut(captured: Captured, movable: list[Node], fanout: float) -> set[Node]:
     return {n for n in movable if ("in", n) in kept}
 
 
+def _whole(ns: float) -> int:
+    """Picoseconds as an integer: with floats an edge may look unsaturated by a rounding error, and the cut is lost."""
+    return max(1, round(1000 * ns))
+
+
 def _broadcast_edge(network: nx.DiGraph, node: Node, ns: float, start: float) -> None:
     if is_bundle(node):
         network.add_edge(("in", node), ("out", node))
     elif isinstance(annotation(node).batching, Replicated):
-        network.add_edge(("in", node), ("out", node), capacity=0.0)
+        network.add_edge(("in", node), ("out", node), capacity=0)
     else:
-        network.add_edge(("in", node), ("out", node), capacity=ns + start)
+        network.add_edge(("in", node), ("out", node), capacity=_whole(ns + start))
