@@ -73,6 +73,11 @@ def by_request(ordinals: Array, positions: Array) -> tuple[Array, Array]:
     return order, starts
 
 
+def _shown(scalar: pa.Scalar) -> Any:
+    """A value for a message; nanoseconds, which Python has not, as their count."""
+    return scalar.value if pa.types.is_timestamp(scalar.type) and scalar.type.unit == "ns" else scalar.as_py()
+
+
 def once(table: pa.Table, columns: Columns, last: bool, check: bool) -> tuple[pa.Table, list[Clash]]:
     """One row per request of a table with ordinals, its first (or last) by position; and what differs, if checked."""
     order, starts = by_request(table[ORDINAL].to_numpy(), table[POSITION].to_numpy())
@@ -85,7 +90,7 @@ def once(table: pa.Table, columns: Columns, last: bool, check: bool) -> tuple[pa
             at = _first_difference(_whole(table[name]), others, base)
             if at is not None:
                 rows = (int(base[at]), int(others[at]))
-                values = tuple(table[name][r].as_py() for r in rows)
+                values = tuple(_shown(table[name][r]) for r in rows)
                 clashes.append(Clash(name, table[columns.request_id][rows[0]].as_py(), (values[0], values[1])))
     return table.take(pa.array(chosen)), clashes
 
