@@ -120,7 +120,7 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
-    """sum(x * y, dims) where nothing else reads the product and both have all dims."""
+    """sum(x * y, dims) where nothing else reads the product and both have all dims. Dots of vectors stay: faster so."""
     inner: Any = node.args[0]
     dims: Any = node.args[1]
     keepdim = len(node.args) > 2 and node.args[2]
@@ -131,7 +131,7 @@ def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
     if not dims or len(dtypes) > 1 or not node.meta["val"].is_floating_point():
         return None
     full = _shape(inner)
-    if not all(isinstance(f, Node) and len(_shape(f)) == len(full) for f in (x, y)) or len(full) < 2:
+    if not all(isinstance(f, Node) and len(_shape(f)) == len(full) for f in (x, y)) or len(full) < 3:
         return None
     letters = "bijklmn"[: len(full)]
     gone = {d % len(full) for d in dims}
