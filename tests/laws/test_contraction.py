@@ -33,7 +33,7 @@ def test_request_columns_run_once_per_request(law: Any, drawn: dict[str, int], n
 
     found = law(Model(run, w=parameter(n, k), b=parameter(n)), **{f: (w,) for f, w in drawn.items()})
     before, after = found.flops()
-    if request:
+    if min(request, impression, n) > 1:  # an einsum over one entry is no matrix product
         assert (before, after) == (2 * 12 * k * n, 2 * 3 * request * n + 2 * 12 * impression * n)
 
 

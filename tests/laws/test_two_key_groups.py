@@ -43,7 +43,7 @@ def layer(m: Model, h: Tensor, how: str, low: float) -> Tensor:
 HOW = ["is_causal", "fused", "fused floats", "computed", "added", "filled"]
 
 
-@settings(max_examples=4, deadline=None)
+@settings(derandomize=True, max_examples=4, deadline=None)
 @given(st.sampled_from(HOW), st.sampled_from(sorted(LOW)), st.integers(2, 3), st.integers(1, 2), st.integers(1, 2))
 def test_the_history_runs_once_per_request(law: Any, how: str, low: str, length: int, targets: int, depth: int) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
