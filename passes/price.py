@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from passes.forms import Form, hint, numel, provenance
+from passes.forms import numel
 from roo_rewrite.cost import NOMINAL_IMPRESSIONS, Device
 from roo_rewrite.facts import Provenance
 
@@ -66,13 +66,3 @@ class Price:
         taken = self.mode == "always" or after < 0.97 * before
         self.candidates.append(Candidate(what, before, after, taken, where))
         return taken
-
-
-def side_of(form: Form) -> Provenance:
-    """The side a form's value is computed on."""
-    return provenance(form)
-
-
-def width(form: Form, dim: int) -> int:
-    """Size of a form along a static dim."""
-    return hint(form.shape[dim])

@@ -19,7 +19,6 @@ from passes.forms import (
     Blocks,
     Form,
     Lazy,
-    Picked,
     Whole,
     dtype_of,
     is_static,
@@ -132,6 +131,3 @@ def covers(found: Factors, index: Sequence[int] | None) -> bool:
     """Whether the picked entries are all of the outer product, once each."""
     h, m = found.sizes
     return index is None or sorted(index) == list(range(h * m))
-
-
-__all__ = ["Factors", "Picked", "covers", "factors", "multiply", "outer"]

@@ -19,7 +19,6 @@ from passes.forms import (
     Sum,
     dtype_of,
     is_mixed,
-    provenance,
     same_shape,
 )
 from passes.split import Application, Splitter, handles
@@ -27,7 +26,6 @@ from passes.split_attention import added_mask
 from passes.split_blocks import blockwise, broadcast
 from passes.split_outer import outer
 from roo_rewrite.errors import NotRowWise
-from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
 
@@ -122,11 +120,3 @@ def view(s: Splitter, app: Application) -> Form | None:
         return None
     made = tuple((c, s.apply(app.replaced(self=t))) for c, t in x.terms)
     return Sum(made, made[0][1].shape)
-
-
-def by_side(form: Sum) -> dict[bool, list[tuple[float, Form]]]:
-    """The terms of the request side (True) and of the impression side (False)."""
-    sides: dict[bool, list[tuple[float, Form]]] = {True: [], False: []}
-    for coefficient, term in form.terms:
-        sides[provenance(term) is not Provenance.IMPRESSION].append((coefficient, term))
-    return sides
