@@ -98,8 +98,9 @@ class Builder:
         size = int(node.meta["val"].shape[dim])
         if list(index) == list(range(size)):
             return node
-        if list(index) == list(range(index[0], index[0] + len(index))):
-            return self.call(aten.slice.Tensor, node, dim, index[0], index[0] + len(index))
+        first = index[0] if index else 0
+        if list(index) == list(range(first, first + len(index))):
+            return self.call(aten.slice.Tensor, node, dim, first, first + len(index))
         return self.call(aten.index_select.default, node, dim, self.constant(index))
 
     def constant(self, values: Sequence[int]) -> Node:

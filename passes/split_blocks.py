@@ -242,6 +242,8 @@ def pick_form(s: Splitter, form: Form, dim: int, index: Sequence[int]) -> Form:
 
 def _pick_blocks(s: Splitter, form: Blocks, index: Sequence[int]) -> Form:
     """Runs of the index within one part each."""
+    if not index:
+        return pick_form(s, form.parts[0], form.dim, index)
     starts = [0, *running(form.sizes)]
     owner = [p for p, size in enumerate(form.sizes) for _ in range(size)]
     runs: list[tuple[int, list[int]]] = []

@@ -50,14 +50,18 @@ def _of_terms(s: Splitter, app: Application, x: Sum, dims: Sequence[int]) -> For
 
 
 def by_side(s: Splitter, x: Blocks) -> list[Form]:
-    """The parts of each side as one part, request side first. Their order along the cut dim is lost."""
+    """The parts of each side as one part, request side first; those with a form of their own stay alone.
+
+    No part is cut along the dim of `x`. Their order along it is lost.
+    """
     sides: dict[bool, list[Form]] = {True: [], False: []}
     for part in x.parts:
         sides[provenance(part) is not Provenance.IMPRESSION].append(part)
     out: list[Form] = []
     for parts in sides.values():
         if parts:
-            out.append(parts[0] if len(parts) == 1 else s.op(aten.cat.default, parts, x.dim))
+            joined = parts[0] if len(parts) == 1 else s.op(aten.cat.default, parts, x.dim)
+            out += joined.parts if isinstance(joined, Blocks) and joined.dim == x.dim else [joined]
     return out
 
 

@@ -23,6 +23,7 @@ from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import frozen_buffers, tensors_of
 from roo_rewrite.noise import SteadyNoise
 from roo_rewrite.ops.broadcast import request_of
+from roo_rewrite.purity import duplicate
 
 if TYPE_CHECKING:
     from roo_rewrite.module import RequestModel
@@ -136,7 +137,7 @@ def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, s
 
 def _verified(original: nn.Module, rewritten: RequestModel, batches: int, seed: int, double: bool) -> bool:
     """Whether the original could run on any of the drawn batches. Raises EquivalenceError if a result differs."""
-    truth, other = copy.deepcopy(original), copy.deepcopy(rewritten)
+    truth, other = duplicate(original), copy.deepcopy(rewritten)
     truth.train(rewritten.training)
     inputs, example = rewritten._inputs, list(rewritten._example[0])
     if double:
@@ -286,7 +287,7 @@ def shaken(module: nn.Module) -> nn.Module:
 
     Batch norm over one request, or the direction of a vector that should be 0, is nothing else.
     """
-    made, generator = copy.deepcopy(module), torch.Generator().manual_seed(0)
+    made, generator = duplicate(module), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in made.parameters():
             if p.is_floating_point():

@@ -25,6 +25,7 @@ from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import request_of
 from roo_rewrite.program import Program
+from roo_rewrite.purity import kept
 from roo_rewrite.report import Report
 
 Build = Callable[["RequestModel", Sequence[Tensor], Sequence[Any], str], Program]
@@ -99,6 +100,7 @@ class RequestModel(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> RequestModel:
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
+        memo.update({id(t): t for t in kept(self._original)})
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return made
 

@@ -31,11 +31,7 @@ def twin(model: nn.Module) -> nn.Module:
     Raises CaptureError where it holds something that cannot be copied.
     """
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
-    values = [v for m in model.modules() for v in vars(m).values()]
-    inner = [
-        w for v in values if isinstance(v, (list, tuple, dict)) for w in (v.values() if isinstance(v, dict) else v)
-    ]
-    memo.update({id(t): t for t in (*values, *inner) if isinstance(t, Tensor) and not t.is_leaf})  # torch cannot
+    memo.update({id(t): t for t in kept(model)})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -44,6 +40,22 @@ def twin(model: nn.Module) -> nn.Module:
         raise CaptureError(f"the model cannot be copied, so not be tried out: {type(e).__name__}: {e}") from e
     assert isinstance(copied, nn.Module)
     return copied
+
+
+def duplicate(model: nn.Module) -> nn.Module:
+    """A copy of `model`, parameters included."""
+    made = copy.deepcopy(model, {id(t): t for t in kept(model)})
+    assert isinstance(made, nn.Module)
+    return made
+
+
+def kept(model: nn.Module) -> list[Tensor]:
+    """Results of former calls that modules keep as attributes; torch cannot copy them, so copies share them."""
+    values = [v for m in model.modules() for v in vars(m).values()]
+    inner = [
+        w for v in values if isinstance(v, (list, tuple, dict)) for w in (v.values() if isinstance(v, dict) else v)
+    ]
+    return [t for t in (*values, *inner) if isinstance(t, Tensor) and not t.is_leaf]
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -205,6 +205,22 @@ def test_models_are_left_alone(training: bool) -> None:
         assert torch.equal(value, before[key])
 
 
+class Kept(Model):
+    """Keeps an intermediate for inspection."""
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        self.last = self.a(u)
+        return super().forward(u, x)
+
+
+def test_results_of_earlier_calls_do_not_matter() -> None:
+    model = Kept()
+    model(*example())  # torch copies no tensor with a history
+    rewritten = roo.rewrite(model, example(), spec=SPEC, check=True)
+    model(*example())
+    roo.verify(model, rewritten, batches=3)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_low_precision_is_verified_too(dtype: torch.dtype) -> None:
     model = Model().to(dtype)
