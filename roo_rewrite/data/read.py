@@ -17,7 +17,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from roo_rewrite.data.batch import Ids, RequestBatch
 from roo_rewrite.data.concat import concat
+from roo_rewrite.data.prune import Filters, request_filter
 from roo_rewrite.data.sampler import Bounds, check_shard
+from roo_rewrite.data.sizes import request_bytes
 from roo_rewrite.data.store import PartMeta, part_meta, read_group
 from roo_rewrite.data.tensors import Call, Wanted, to_batch
 from roo_rewrite.data.workdir import open_parts
@@ -33,9 +35,12 @@ class RequestDataset(IterableDataset[RequestBatch]):
     weights. A list column `c` becomes the jagged pair `c`, `c_lengths`. Features are keyword arguments by column
     name; `call` arranges them otherwise. Null numbers are NaN in floats and `fill[column]` elsewhere, null lists
     empty. aligned: list column -> the list column whose lengths it shares, as parallel histories do.
-    max_impressions, max_requests: bounds of a batch. shuffle: row groups, then requests within `window` row
-    groups, the same for the same seed and epoch. rank, world_size and DataLoader workers each get
-    other row groups. prefetch: row groups read ahead, by one thread.
+    filters: the requests to read, as a pyarrow expression or lists of (column, operator, value), over request
+    columns. Row groups whose statistics exclude a match are not read; in the others rows are filtered.
+    max_impressions, max_requests, max_bytes: bounds of a batch; bytes are those of its tensors (`request_bytes`).
+    shuffle: row groups, then requests within `window` row groups, the same for the same seed and epoch. rank,
+    world_size and DataLoader workers each get other row groups. prefetch: row groups read ahead, by one thread.
+    Raises DataError for columns there are not, and filters on impression columns.
     """
 
     def __init__(
@@ -43,6 +48,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         folder: str | Path,
         *,
         columns: Sequence[str] | None = None,
+        filters: Filters | None = None,
         labels: Sequence[str] = (),
         weights: Sequence[str] = (),
         impression_id: str | None = None,
@@ -51,6 +57,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         call: Call | None = None,
         max_impressions: int | None = None,
         max_requests: int | None = None,
+        max_bytes: int | None = None,
         shuffle: bool = False,
         window: int = 4,
         seed: int = 0,
@@ -60,22 +67,25 @@ class RequestDataset(IterableDataset[RequestBatch]):
     ):
         check_shard(rank, world_size)
         self.manifest, paths = open_parts(folder)
-        self.bounds = Bounds(max_impressions, max_requests)
+        self.bounds = Bounds(max_impressions, max_requests, max_bytes)
         known = [*self.manifest.columns.request, *self.manifest.columns.impression]
         missing = [c for c in (*(columns or ()), *labels, *weights, *filter(None, [impression_id])) if c not in known]
         if missing:
             raise DataError(f"{folder} has no columns {missing}; it has {known}")
-        kept = {self.manifest.columns.request_id, impression_id, *labels, *weights}
+        apart = {self.manifest.columns.request_id, impression_id, *labels, *weights}
         loose = [c for pair in (aligned or {}).items() for c in pair if columns is not None and c not in columns]
         if loose:
             raise DataError(f"aligned names {loose}, which are not among the columns read")
-        features = tuple(c for c in known if c not in kept) if columns is None else tuple(columns)
+        features = tuple(c for c in known if c not in apart) if columns is None else tuple(columns)
         self.wanted = Wanted(features, tuple(labels), tuple(weights), impression_id, fill, aligned, call)
         self.shuffle, self.window, self.seed = shuffle, max(1, window), seed
         self.rank, self.world_size, self.prefetch = rank, world_size, max(0, prefetch)
         self.epoch = 0
         self._cursors: dict[int, tuple[int, int]] = {}
-        self._groups = [(path, meta, g) for path in paths for meta in [part_meta(path)] for g in range(meta.row_groups)]
+        self.filter = None if filters is None else request_filter(filters, self.manifest.columns)
+        metas = [part_meta(path) for path in paths]
+        kept = self.filter.row_groups(paths) if self.filter else [range(m.row_groups) for m in metas]
+        self._groups = [(path, meta, g) for path, meta, found in zip(paths, metas, kept) for g in found]
 
     def set_epoch(self, epoch: int) -> None:
         """Starts `epoch`: another shuffle, from the first batch."""
@@ -83,10 +93,19 @@ class RequestDataset(IterableDataset[RequestBatch]):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the epoch stands: after the last batch this process (or `track`) saw."""
-        return {"seed": self.seed, "epoch": self.epoch, "cursors": dict(self._cursors)}
+        groups = len(self._groups)
+        return {"seed": self.seed, "epoch": self.epoch, "cursors": dict(self._cursors), "row_groups": groups}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The next iteration goes on where the state was taken; with as many ranks and workers as then."""
+        """The next iteration goes on where the state was taken; with the ranks, workers and filters of then.
+
+        Raises DataError where the state counts other row groups.
+        """
+        if state["row_groups"] != len(self._groups):
+            raise DataError(
+                f"the reader's state is of {state['row_groups']} row groups, the data has {len(self._groups)}; "
+                "resume on the data and with the filters it was taken with"
+            )
         self.seed, self.epoch = state["seed"], state["epoch"]
         self._cursors = {int(shard): (at[0], at[1]) for shard, at in state["cursors"].items()}
 
@@ -134,8 +153,11 @@ class RequestDataset(IterableDataset[RequestBatch]):
 
     def _read(self, group: int) -> RequestBatch:
         path, meta, g = self._groups[group]
-        names = [meta.columns.request_id, *self.wanted.columns]
+        by = self.filter.names if self.filter else ()
+        names = list(dict.fromkeys([meta.columns.request_id, *self.wanted.columns, *by]))
         table = read_group(path, meta, g, _with_impressions(names, meta))
+        if self.filter:
+            table = self.filter.rows(table)
         try:
             return to_batch(table, meta.columns, self.wanted)
         except DataError as e:
@@ -143,14 +165,16 @@ class RequestDataset(IterableDataset[RequestBatch]):
 
     def _batches(self, whole: RequestBatch, shard: int, window: int) -> Iterator[RequestBatch]:
         counts = whole.num_impressions
+        sizes = None if self.bounds.bytes is None else request_bytes(whole)
         if self.shuffle:
             rng = torch.Generator().manual_seed(
                 random.Random(f"{self.seed}/{self.epoch}/{shard}/{window}").getrandbits(63)
             )
             order = torch.randperm(len(whole), generator=rng)
             counts = counts[order]
+            sizes = None if sizes is None else sizes[order]
         at = 0
-        for end in self.bounds.cuts(np.asarray(counts)):
+        for end in self.bounds.cuts(np.asarray(counts), None if sizes is None else np.asarray(sizes)):
             yield whole[order[at:end]] if self.shuffle else whole[at:end]
             at = end
 
