@@ -125,7 +125,8 @@ def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, s
     requests without impressions, one impression each, one request with all, and an empty batch. The
     smallest failing batch found is reported. The models themselves are not changed. A model that cannot
     run in float64 (it casts to float32 somewhere) is verified in its own precision; one that runs on no
-    drawn batch at all is an error. One that casts and runs is judged by the lowest precision it uses.
+    drawn batch at all is an error. One that casts and runs is judged by the lowest precision it uses; one
+    whose own backward fails (it changes in place what is saved for it) by its values alone.
     """
     if _verified(original, rewritten, batches, seed, double=True):
         return
@@ -237,21 +238,17 @@ def check_once(
 
     None where the original itself cannot take such a batch (an empty one, say), or gives noise on it.
     """
-    batch = draw_batch(inputs, example, counts, torch.Generator().manual_seed(seed))
-    statics = other._example[1]
     noise = SteadyNoise if other.shares_masks else contextlib.nullcontext
-    for t in batch.atoms:
-        t.requires_grad_(t.is_floating_point())
-    try:
-        args, kwargs = inputs.unflatten(batch.expanded(inputs), Provenance.IMPRESSION, statics)
-        with noise():
-            expected, want = _run(truth, batch.atoms, seed, lambda: truth(*args, **kwargs))
-    except Exception:  # whatever user code raises
+    for gradients in (True, False):
+        drawn = _Drawn.of(other, inputs, example, counts, seed, gradients)
+        with contextlib.suppress(Exception), noise():  # whatever user code raises
+            expected, want = drawn.run(truth, Provenance.IMPRESSION)
+            break
+    else:
         return None
     try:
-        args, kwargs = inputs.unflatten(batch.atoms, Provenance.REQUEST, statics)
         with noise():
-            found, got = _run(other, batch.atoms, seed, lambda: other(*args, num_impressions=batch.counts, **kwargs))
+            found, got = drawn.run(other, Provenance.REQUEST)
     except Exception as e:
         return f"it fails where the original does not: {type(e).__name__}: {e}"
     names = [n for n, _ in truth.named_parameters()] + [a.name for a in inputs.atoms]
@@ -263,7 +260,7 @@ def check_once(
         (truth, Provenance.IMPRESSION, (expected, want)),
         (other, Provenance.REQUEST, (found, got)),
     ):
-        again, moved = _run_shaken(module, level, inputs, batch, statics, seed)
+        again, moved = drawn.run(shaken(module), level)
         if compare(again, outputs, precision=precision) or gradients_differ(names, moved, grads, precision):
             loose = torch.float32
             alike = not compare(found, expected, reshape, loose) and not gradients_differ(names, got, want, loose)
@@ -271,15 +268,46 @@ def check_once(
     return problem
 
 
-def _run_shaken(
-    module: nn.Module, level: Provenance, inputs: Inputs, batch: Batch, statics: Sequence[Any], seed: int
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    moved = shaken(module)
-    request = level is Provenance.REQUEST
-    args, kwargs = inputs.unflatten(batch.atoms if request else batch.expanded(inputs), level, statics)
-    if request:
-        kwargs["num_impressions"] = batch.counts
-    return _run(moved, batch.atoms, seed, lambda: moved(*args, **kwargs))
+@dataclass(frozen=True)
+class _Drawn:
+    """A drawn batch and how to run a model on it; without gradients where the original's backward fails."""
+
+    inputs: Inputs
+    statics: Sequence[Any]
+    batch: Batch
+    seed: int
+    gradients: bool
+
+    @classmethod
+    def of(
+        cls, other: RequestModel, inputs: Inputs, example: Sequence[Tensor], counts: list[int], seed: int, grad: bool
+    ) -> _Drawn:
+        batch = draw_batch(inputs, example, counts, torch.Generator().manual_seed(seed))
+        for t in batch.atoms:
+            t.requires_grad_(grad and t.is_floating_point())
+        return cls(inputs, other._example[1], batch, seed, grad)
+
+    def run(self, module: nn.Module, level: Provenance) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Outputs, and the gradients of a weighted sum of them by every parameter and float input."""
+        request = level is Provenance.REQUEST
+        atoms = self.batch.atoms if request else self.batch.expanded(self.inputs)
+        if not self.gradients:  # then inputs may be changed in place
+            atoms = [t.clone() for t in atoms]
+        args, kwargs = self.inputs.unflatten(atoms, level, self.statics)
+        if request:
+            kwargs["num_impressions"] = self.batch.counts
+        with torch.random.fork_rng(devices=[]), frozen_buffers(module), torch.set_grad_enabled(self.gradients):
+            torch.manual_seed(self.seed)
+            outputs = tensors_of(module(*args, **kwargs))
+            floats = [t for t in outputs if t.requires_grad]
+            wanted = [*module.parameters(), *self.batch.atoms]
+            asking = [t for t in wanted if t.requires_grad]
+            if not (self.gradients and floats and asking):
+                return [t.detach() for t in outputs], [None] * len(wanted)
+            generator = torch.Generator().manual_seed(self.seed)
+            loss = sum((t * torch.rand(t.shape, generator=generator, dtype=t.dtype)).sum() for t in floats)
+            grads = iter(torch.autograd.grad(loss, asking, allow_unused=True))  # type: ignore[arg-type]
+            return [t.detach() for t in outputs], [next(grads) if t.requires_grad else None for t in wanted]
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -322,19 +350,3 @@ def _dense(grad: Tensor) -> Tensor:
 
 def _zero(grad: Tensor | None) -> bool:
     return grad is None or not bool(_dense(grad).any())
-
-
-def _run(module: nn.Module, atoms: list[Tensor], seed: int, call: Any) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Outputs of a call, and the gradients of a weighted sum of them."""
-    with torch.random.fork_rng(devices=[]), frozen_buffers(module):
-        torch.manual_seed(seed)
-        outputs = tensors_of(call())
-        floats = [t for t in outputs if t.requires_grad]
-        wanted = [*module.parameters(), *atoms]
-        asking = [t for t in wanted if t.requires_grad]
-        if not floats or not asking:
-            return [t.detach() for t in outputs], [None] * len(wanted)
-        generator = torch.Generator().manual_seed(seed)
-        loss = sum((t * torch.rand(t.shape, generator=generator, dtype=t.dtype)).sum() for t in floats)
-        grads = iter(torch.autograd.grad(loss, asking, allow_unused=True))  # type: ignore[arg-type]
-        return [t.detach() for t in outputs], [next(grads) if t.requires_grad else None for t in wanted]

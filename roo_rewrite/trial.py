@@ -80,7 +80,10 @@ class Trial:
         return True
 
     def _original(self, batch: Batch) -> list[Tensor]:
-        args, kwargs = self.inputs.unflatten(batch.expanded(self.inputs), Provenance.IMPRESSION, self.statics)
+        atoms = batch.expanded(self.inputs)
+        if not torch.is_grad_enabled():  # then the model may change them in place
+            atoms = [t.clone() for t in atoms]
+        args, kwargs = self.inputs.unflatten(atoms, Provenance.IMPRESSION, self.statics)
         torch.manual_seed(0)
         return tensors_of(self.truth(*args, **kwargs))
 
@@ -91,11 +94,14 @@ class Trial:
         return tensors_of(self.program.emitted.whole(self.other, *atoms, counts))
 
     def _differ(self, batch: Batch, gradients: bool, precision: torch.dtype) -> str | None:
-        batch = Batch([t.requires_grad_(gradients and t.is_floating_point()) for t in batch.atoms], batch.counts)
+        atoms = [t.detach().clone().requires_grad_(gradients and t.is_floating_point()) for t in batch.atoms]
+        batch = Batch(atoms, batch.counts)
         with random_kept(), self.noise(), torch.set_grad_enabled(gradients):
             try:
                 expected = self._original(batch)
             except Exception as e:  # whatever user code raises
+                if gradients:  # inputs that are changed in place, say
+                    return self._differ(batch, False, precision)
                 return f"the original fails on a batch: {type(e).__name__}: {e}"
             try:
                 found = self._program(batch)

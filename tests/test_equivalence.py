@@ -93,7 +93,7 @@ BREAKS = [wrong_rows, wrong_value, wrong_last_row, wrong_gradient, lost_gradient
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Break], Any]:
     """A rewritten model whose program is broken, and whose trial was not held."""
 
-    def make(fault: Break) -> tuple[nn.Module, Any]:
+    def make(fault: Break, kind: type[Model] = Model) -> tuple[nn.Module, Any]:
         emit = roo_rewrite.pipeline.emit
 
         def faulty(graph: Any) -> Emitted:
@@ -103,7 +103,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[Break], Any]:
         monkeypatch.setattr(roo_rewrite.pipeline, "emit", faulty)
         monkeypatch.setattr(Trial, "mismatch", lambda self, example: None)
         torch.manual_seed(0)
-        model = Model()
+        model = kind()
         return model, roo.rewrite(model, example(), spec=SPEC)
 
     return make
@@ -225,3 +225,26 @@ def test_results_of_earlier_calls_do_not_matter() -> None:
 def test_low_precision_is_verified_too(dtype: torch.dtype) -> None:
     model = Model().to(dtype)
     roo.verify(model, roo.rewrite(model, example(dtype=dtype), spec=SPEC), batches=4)
+
+
+class NoBackward(Model):
+    """The sum overwrites what ReLU keeps for its backward; an input is changed in place."""
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        x *= 0.5
+        out = torch.relu(self.a(u))
+        out += torch.cat([x, x * x], 1)
+        return self.b(out).squeeze(-1)
+
+
+def test_values_are_compared_where_the_original_has_no_backward() -> None:
+    model = NoBackward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(*example()).sum().backward()
+    roo.verify(model, roo.rewrite(model, example(), spec=SPEC, check=True), batches=8)
+
+
+def test_a_wrong_value_is_found_where_the_original_has_no_backward(broken: Callable[[Break], Any]) -> None:
+    model, rewritten = broken(wrong_value, NoBackward)
+    with pytest.raises(roo.EquivalenceError, match="output 0 is off"):
+        roo.verify(model, rewritten, batches=8)
