@@ -18,7 +18,8 @@ _LIMIT = 1 << 22
 def evaluate(captured: Captured, node: Node) -> Tensor | None:
     """The value of `node` where literals, buffers and factory ops alone make it; None where it depends on more.
 
-    A buffer may change: what was read of it is noted in `captured.assumed`, which each call holds it against.
+    A buffer, or a parameter of integers, may change: what was read of it is noted in `captured.assumed`, which
+    each call holds it against.
     """
     memo: dict[Node, Tensor | None] = {}
     value = _value(captured, node, memo)
@@ -66,7 +67,8 @@ def _compute(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) ->
 def _attribute(captured: Captured, name: str) -> Tensor | None:
     if name.startswith("_roo."):
         return captured.constants.get(name.removeprefix("_roo."))
-    found = dict(captured.model.named_buffers()).get(name)
+    frozen = {n: p for n, p in captured.model.named_parameters() if not p.is_floating_point()}
+    found = {**frozen, **dict(captured.model.named_buffers())}.get(name)
     return found if found is not None and found.numel() <= _LIMIT else None
 
 

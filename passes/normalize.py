@@ -6,6 +6,7 @@
     add_(y, 1)                                         add(y, 1), later uses of y mean it
     squeeze(x: [B, 1])                                 squeeze(x, [1])
     slice(x, 0, 0, max), dropout(x, 0.5, False)        x
+    masked_select(x, buffer)                           index_select (see `constant_masks`)
     zeros([B, 3], device="cpu")                        zeros([B, 3], device=<device of the inputs>)
 
 Postcondition: no higher-order ops that only wrap, no in-place ops but marked effects, no op that is the
@@ -23,6 +24,7 @@ import torch.fx
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
+from passes.constant_masks import constant_masks
 from passes.functionalize import functionalize, is_effect, keeps, mutated
 from roo_rewrite.capture import BATCH, Captured
 
@@ -47,6 +49,7 @@ def normalize(captured: Captured) -> None:
     _drop_asserts(graph)
     _drop_identities(captured)
     functionalize(graph)
+    constant_masks(captured)
     for node in list(graph.nodes):
         if node.op == "call_function":
             _simplify(captured, node)

@@ -30,7 +30,7 @@ from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
 from roo_rewrite.outputs import COMPUTED, COMPUTED_VALUE, flatten_output, unflatten_output
 from roo_rewrite.purity import random_kept, twin, untraceable
-from roo_rewrite.tracing import assignments_allowed, brief, innermost, no_lost_calls
+from roo_rewrite.tracing import assignments_allowed, brief, innermost, no_lost_calls, symbolic_len
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
 _BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
@@ -185,6 +185,7 @@ def _export(
             warnings.simplefilter("ignore")
             with (
                 assignments_allowed(),
+                symbolic_len(),
                 contextlib.redirect_stdout(io.StringIO()),
                 contextlib.redirect_stderr(io.StringIO()),
             ):

@@ -56,7 +56,8 @@ class Program:
         """
         assumed = {} if self.captured is None else self.captured.assumed
         for name, value in assumed.items():
-            buffer = model.get_buffer(name)
+            owner, _, key = name.rpartition(".")
+            buffer = getattr(model.get_submodule(owner), key)
             seen = self.seen.get(name)
             cheap = buffer.numel() <= _CHEAP and buffer.device.type == "cpu"
             if not cheap and seen is not None and seen[0] is buffer and seen[1] == buffer._version:

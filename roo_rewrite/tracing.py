@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import importlib
 import re
@@ -74,3 +75,18 @@ def assignments_allowed() -> Iterator[None]:
         yield
     finally:
         _trace._detect_attribute_assignment = original
+
+
+@contextlib.contextmanager
+def symbolic_len() -> Iterator[None]:
+    """While active, `len(x)` of a tensor is `x.shape[0]`; as a plain number it would fix the batch size."""
+    original = builtins.len
+
+    def length(of: Any, /) -> Any:
+        return of.shape[0] if isinstance(of, torch.Tensor) and of.ndim else original(of)
+
+    builtins.len = length
+    try:
+        yield
+    finally:
+        builtins.len = original

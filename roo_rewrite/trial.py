@@ -160,6 +160,10 @@ class Trial:
 def furnished(original: nn.Module, captured: Captured, name: str) -> nn.Module:
     """A copy of the model with what the emitted code of program `name` looks up in it."""
     made = twin(original)
+    bodies = dict(captured.bodies.named_children())
+    for node in captured.graph.nodes:
+        if node.op == "get_attr" and node.target in bodies:  # of `no_grad` and kin, before they are inlined
+            made.add_module(str(node.target), bodies[str(node.target)])
     made.add_module("_roo", nn.Module())
     made.get_submodule("_roo").add_module(name, holder(made, captured))
     return made

@@ -43,6 +43,15 @@ def test_the_batch_is_one_symbol_on_both_sides() -> None:
     assert sizes(trace(Function(lambda m, u, x: m.a(u) + x), torch.randn(3, 4), torch.randn(3, 4))) == [BATCH, 4] * 2
 
 
+def test_the_length_of_a_batch_is_its_size() -> None:
+    found = trace(Function(lambda m, u, x: u.view(len(u), 2, 2) + len(x) * len([u, x])), *[torch.randn(3, 4)] * 2)
+    assert [str(found.expr(s)) for n in found.graph.nodes if n.name == "view" for s in n.meta["val"].shape] == list(
+        "B22"
+    )
+    assert len(torch.randn(3, 4)) == 3
+    assert found.accepts(7)
+
+
 def test_the_batch_of_the_trace_divides_no_size() -> None:
     model = nn.Linear(61 * 67, 71)
     batch = trace_batch(model, [torch.randn(3, 61 * 67)])

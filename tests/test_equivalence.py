@@ -186,6 +186,22 @@ def test_check_names_the_pass_at_fault(name: str, word: str, monkeypatch: pytest
         roo.rewrite(Model(), example(), spec=SPEC, check=True)
 
 
+class Detached(Model):
+    """A part without gradients is a graph of its own in the trace."""
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = torch.sigmoid(self.a(u)).mean(1)
+        return super().forward(u, x) * gate
+
+
+def test_check_takes_a_model_with_no_grad_inside() -> None:
+    model = Detached()
+    rewritten = roo.rewrite(model, example(), spec=SPEC, check=True)
+    assert not rewritten._whole_program().notes
+    roo.verify(model, rewritten, batches=3)
+
+
 def test_another_model_is_found() -> None:
     model, other = Model(), Model()
     with pytest.raises(roo.EquivalenceError):

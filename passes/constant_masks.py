@@ -1,0 +1,188 @@
+"""What a constant mask picks is picked by index: its size is then known.
+
+    before                                     after
+    masked_select(x: [B, 6, 6], m)             reshape(index_select(reshape(x, [-1, 36]), 1, at), [-1])
+    index(x: [B, 6, 6], [None, m])             index(x, [None, rows, columns])
+    nonzero(m)                                 a literal: [15, 2]
+
+m: a mask [6, 6] that buffers and factory ops alone make. The trace has a size of its own for what such an op
+picks, which nothing can be proved of; what follows is traced again with the true one.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch import SymInt, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+
+from passes.constants import evaluate
+from roo_rewrite.capture import Captured
+
+aten = torch.ops.aten
+Replacement = tuple[Node, Any]
+
+
+def constant_masks(captured: Captured) -> None:
+    """Replaces the picks by constant masks in the captured graph, in place."""
+    for node in list(captured.graph.nodes):
+        replace = _PICKS.get(node.target)
+        if replace is None or not _unknown(node.meta.get("val")):
+            continue
+        made = replace(captured, node)
+        values = _traced_again(node, made) if made is not None else None
+        if made is None or values is None:
+            continue
+        for later, value in values.items():
+            later.meta["val"] = value
+        _put(captured, node, made)
+
+
+def _unknown(value: Any) -> bool:
+    """Whether some size of a traced value is known at run time only."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(
+        isinstance(s, SymInt) and not s.node.has_hint() for v in values if isinstance(v, Tensor) for s in v.shape
+    )
+
+
+def _call(captured: Captured, target: Any, *args: Any) -> Node:
+    made = captured.graph.call_function(target, args)
+    with _mode(captured):
+        made.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+    return made
+
+
+def _literal(captured: Captured, value: Tensor) -> Node:
+    name = f"constant_{len(captured.constants)}"
+    captured.constants[name] = value.contiguous()
+    made = captured.graph.get_attr(f"_roo.{name}")
+    made.meta["val"] = _mode(captured).from_tensor(value, static_shapes=True)
+    return made
+
+
+def _mode(captured: Captured) -> Any:
+    values = (n.meta.get("val") for n in captured.graph.nodes)
+    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+
+
+# -- the three ops; each returns the new value, or None where its mask is not constant
+
+
+def _masked_select(captured: Captured, node: Node) -> Node | None:
+    x, mask = node.args
+    assert isinstance(x, Node)
+    assert isinstance(mask, Node)
+    value = _mask(captured, mask)
+    if value is None:
+        return None
+    own = x.meta["val"].shape
+    inner = list(value.shape)  # that of the broadcast, in the dims of the mask
+    for dim, size in enumerate(own[max(len(own) - value.ndim, 0) :], max(value.ndim - len(own), 0)):
+        inner[dim] = size if inner[dim] == 1 else inner[dim]
+    if not value.ndim or any(not isinstance(s, int) for s in inner) or not math.prod(inner):
+        return None
+    at = value.expand(inner).flatten().nonzero().flatten()
+    with captured.graph.inserting_before(node):
+        if list(own[-len(inner) :]) != inner:
+            x = _call(captured, aten.expand.default, x, [*[-1] * (len(own) - len(inner)), *inner])
+        rows = _call(captured, aten.reshape.default, x, [-1, math.prod(inner)])
+        picked = _call(captured, aten.index_select.default, rows, 1, _literal(captured, at))
+        return _call(captured, aten.reshape.default, picked, [-1])
+
+
+def _mask(captured: Captured, mask: Node) -> Tensor | None:
+    """The value of a mask, without the dims over which it is only repeated."""
+    while mask.target in (aten.expand.default, aten.expand_as.default):
+        source = mask.args[0]
+        assert isinstance(source, Node)
+        mask = source
+    value = evaluate(captured, mask)
+    while value is not None and value.ndim and value.shape[0] == 1:
+        value = value[0]
+    return value if value is not None and value.dtype == torch.bool else None
+
+
+def _index(captured: Captured, node: Node) -> Node | None:
+    x, indices = node.args
+    assert isinstance(indices, (list, tuple))
+    made: list[Any] = []
+    with captured.graph.inserting_before(node):
+        for index in indices:
+            masked = isinstance(index, Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
+            value = evaluate(captured, index) if masked else None  # type: ignore[arg-type]
+            if masked and value is None:
+                return None
+            made += [index] if value is None else [_literal(captured, at) for at in value.nonzero(as_tuple=True)]
+        return _call(captured, aten.index.Tensor, x, made)
+
+
+def _nonzero(captured: Captured, node: Node) -> Node | list[Node] | None:
+    source = node.args[0]
+    assert isinstance(source, Node)
+    value = evaluate(captured, source)
+    if value is None:
+        return None
+    with captured.graph.inserting_before(node):
+        if node.target is aten.nonzero.default:
+            return _literal(captured, value.nonzero())
+        return [_literal(captured, at) for at in value.nonzero(as_tuple=True)]
+
+
+_PICKS: dict[Any, Callable[[Captured, Node], Any]] = {
+    aten.masked_select.default: _masked_select,
+    aten.index.Tensor: _index,
+    aten.nonzero.default: _nonzero,
+    aten.nonzero_numpy.default: _nonzero,
+}
+
+
+# -- what follows
+
+
+def _traced_again(node: Node, made: Node | list[Node]) -> dict[Node, Any] | None:
+    """The traced values of what depends on `node`, had it those of `made`; None where one cannot be told."""
+    new: dict[Node, Any] = {node: made.meta["val"] if isinstance(made, Node) else [n.meta["val"] for n in made]}
+    later = node.next
+    while later.op != "root":
+        if later.op == "call_function" and any(n in new for n in later.all_input_nodes):
+            args, kwargs = torch.fx.map_arg((later.args, later.kwargs), lambda n: new[n] if n in new else n.meta["val"])
+            try:
+                new[later] = _run(later, args, kwargs)
+            except Exception:  # whatever a kernel raises: what was traced stays
+                return None
+        later = later.next
+    return new
+
+
+def _run(node: Node, args: Sequence[Any], kwargs: Any) -> Any:
+    assert callable(node.target)
+    mode = next(
+        (v.fake_mode for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, FakeTensor)), None
+    )
+    if node.target is operator.getitem or mode is None:
+        return node.target(*args, **kwargs)
+    with mode:
+        return node.target(*args, **kwargs)
+
+
+def _put(captured: Captured, node: Node, made: Node | list[Node]) -> None:
+    """`made` in the place of `node`; a reshape of what was flattened is one of what it was flattened from."""
+    if isinstance(made, list):
+        for user in list(node.users):
+            user.replace_all_uses_with(made[user.args[1]])  # type: ignore[index]
+            captured.graph.erase_node(user)
+        captured.graph.erase_node(node)
+        return
+    node.replace_all_uses_with(made)
+    captured.graph.erase_node(node)
+    if made.target is aten.reshape.default:
+        for user in list(made.users):
+            if user.target in (aten.reshape.default, aten.view.default):
+                user.replace_input_with(made, made.args[0])  # type: ignore[arg-type]
