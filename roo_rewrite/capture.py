@@ -30,6 +30,7 @@ from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
 from roo_rewrite.outputs import COMPUTED, COMPUTED_VALUE, flatten_output, unflatten_output
 from roo_rewrite.purity import random_kept, twin, untraceable
+from roo_rewrite.swallowed import same_way, watched
 from roo_rewrite.tracing import assignments_allowed, brief, innermost, no_lost_calls, symbolic_len
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
@@ -166,7 +167,8 @@ def _export(
     model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any], leaves: list[str], batch: int
 ) -> Captured:
     sites: list[LeafSite] = []
-    _observe(twin(model), inputs, example, statics, leaves, sites, batch)
+    with watched() as run:
+        _observe(twin(model), inputs, example, statics, leaves, sites, batch)
     adapter = _Adapter(model, inputs, statics)
     adapter.training = model.training
     shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
@@ -181,6 +183,7 @@ def _export(
             no_lost_calls(),
             opaque(model, leaves, sites),
             looked_up(model, leaves, sites),
+            watched(run) as trace,
         ):
             warnings.simplefilter("ignore")
             with (
@@ -192,6 +195,7 @@ def _export(
                 program = torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=False)
     finally:
         quiet.setLevel(level)
+    same_way(run, trace)
     out_values, out_tree = adapter.__dict__["_out"]
     graph, constants = _unlifted(program)
     symbols = _batch_symbols(program, inputs, graph)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from roo_rewrite.errors import CaptureError
+from roo_rewrite.functions import functions_intercepted
 
 _SITES: list[LeafSite] = []
 # Module prefixes of Functions that belong to the tracer itself.
@@ -125,26 +126,22 @@ def intercepted(model: nn.Module, paths: Sequence[str], handle: Handle) -> Itera
         finally:
             busy = False
 
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        real = functools.partial(original.__func__, cls)
+    def apply(real: Callable[..., Any], cls: type, args: Any, kwargs: Any) -> Any:
         if cls.__module__ == "torch.utils.checkpoint":
-            return args[0](*args[2:]) if cls.__name__ == "CheckpointFunction" else real(*args, **kwargs)
+            return args[0](*args[2:]) if cls.__name__ == "CheckpointFunction" else real(cls, *args, **kwargs)
         if cls.__module__.startswith(_TRACER):
-            return real(*args, **kwargs)
-        return guarded("", cls, real, args, kwargs)
+            return real(cls, *args, **kwargs)
+        return guarded("", cls, functools.partial(real, cls), args, kwargs)
 
     modules = {p: model.get_submodule(p) for p in paths}
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment]
     try:
         for path, module in modules.items():
             module.__dict__["_compiled_call_impl"] = lambda *a, _p=path, _m=module, **k: guarded(
                 _p, None, _m._call_impl, a, k
             )
-        yield
+        with functions_intercepted(apply):
+            yield
     finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
         for module in modules.values():
             module.__dict__.pop("_compiled_call_impl", None)
 
