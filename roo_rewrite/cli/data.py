@@ -10,10 +10,11 @@ from typing import Any
 
 import click
 
+from roo_rewrite.data.engines import DEFAULT_MEMORY, Engine, Progress
 from roo_rewrite.data.labels import join_labels
 from roo_rewrite.data.store import Writing
 from roo_rewrite.data.to_impressions import to_impressions
-from roo_rewrite.data.to_requests import DEFAULT_MEMORY, Engine, Progress, to_requests
+from roo_rewrite.data.to_requests import to_requests
 from roo_rewrite.features import FeatureSpec
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -74,6 +75,7 @@ path = click.Path(path_type=Path)
 @click.option("--spec", "spec_file", type=path, required=True, help="TOML file: request and impression columns.")
 @click.option("--user-id", help="Column of the user: a user's requests stand together, histories are stored once.")
 @click.option("--time", "time_column", help="Column that orders a user's requests.")
+@click.option("--partition-by", "partition", help="Request column: parts in COLUMN=value directories. [none]")
 @click.option("--on-conflict", type=click.Choice(["error", "first", "last", "demote"]), default="error")
 @click.option("--keep-order/--any-order", default=True, help="Keep each impression's row number. [keep]")
 @click.option("--encodings", type=click.Choice(["best", "default"]), default="best", help="Parquet encodings.")
@@ -90,6 +92,7 @@ def to_requests_command(
     spec_file: Path,
     user_id: str | None,
     time_column: str | None,
+    partition: str | None,
     on_conflict: Any,
     keep_order: bool,
     encodings: str,
@@ -111,6 +114,7 @@ def to_requests_command(
         request_id,
         user=user_id,
         time=time_column,
+        partition=partition,
         keep_order=keep_order,
         on_conflict=on_conflict,
         writing=Writing(level, encodings, dedup),

@@ -17,10 +17,10 @@ import duckdb
 import pyarrow as pa
 import tomli_w
 
-from roo_rewrite.data.plan import check_keys, duck_settings, quoted, texts
+from roo_rewrite.data.engines import DEFAULT_MEMORY
+from roo_rewrite.data.plan import check_keys, duck_errors, duck_settings, quoted, texts
 from roo_rewrite.data.source import Source, open_source
 from roo_rewrite.data.table import assign, write_whole
-from roo_rewrite.data.to_requests import DEFAULT_MEMORY
 from roo_rewrite.errors import DataError
 from roo_rewrite.features import FeatureSpec
 
@@ -123,15 +123,12 @@ def infer(
     with tempfile.TemporaryDirectory() as work, duckdb.connect(config=duck_settings(Path(work), memory)) as con:
         log = f"read_parquet({texts(source.files)})"
         keys = {"request": request_id, "session": session, "user": user}
-        try:
+        with duck_errors(source, f"{data} cannot be read"):
             levels = tuple(_level(con, log, name, key) for name, key in keys.items() if key is not None)
             check_keys(source, columns)
             if not levels[0].repeated:
                 raise DataError(f"no request of {data} has two impressions, so nothing can be told; is the id right?")
             facts = tuple(_facts(con, log, source, name, levels, examples) for name in columns.impression)
-        except duckdb.Error as e:
-            check_keys(source, columns)
-            raise DataError(f"{data} cannot be read: {e}") from e
     return Inference(source.rows, levels, facts, request_id)
 
 

@@ -17,11 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roo_rewrite.data.plan import duck_settings, quoted, texts
+from roo_rewrite.data.engines import DEFAULT_MEMORY, Progress
+from roo_rewrite.data.plan import duck_errors, duck_settings, quoted, texts
 from roo_rewrite.data.source import Source, open_source
 from roo_rewrite.data.store import Writing, part_meta, read_group, write_part
 from roo_rewrite.data.table import IMPRESSIONS, Columns, Manifest, Part
-from roo_rewrite.data.to_requests import DEFAULT_MEMORY, Progress
 from roo_rewrite.data.workdir import check_target, fingerprint, next_generation, open_parts, publish, working
 from roo_rewrite.errors import DataError
 
@@ -88,6 +88,7 @@ def join_labels(
     job = {"in": fingerprint((*paths, *log.files)), "columns": columns.to_dict(), "window": window}
     with (
         working(out, job | asdict(writing)) as work,
+        duck_errors(log, f"{outcomes} cannot be joined"),
         duckdb.connect(work / "join.db", config=duck_settings(work, memory // 2)) as con,
     ):
         (work / "data").mkdir(exist_ok=True)
@@ -98,9 +99,11 @@ def join_labels(
         parts = []
         for i, path in enumerate(paths):
             groups = _labelled(con, path, i, log, labels)
-            target = work / "data" / f"part-{i:05d}.parquet"
-            meta = {"spec": manifest.spec, "provenance": manifest.provenance}
-            parts.append(write_part(target, groups, columns, writing, meta))
+            name = manifest.parts[i].path.partition("/")[2]
+            target = work / "data" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            meta = {"spec": manifest.spec, "provenance": manifest.provenance, "partition": part_meta(path).partition}
+            parts.append(replace(write_part(target, groups, columns, writing, meta), path=name))
             if progress:
                 progress("join", i + 1, len(paths), parts[-1].impressions)
         generation = next_generation(out)

@@ -1,13 +1,14 @@
 """The grouping itself, as SQL: which request each impression belongs to, and in which order requests stand.
 
-The SQL reads only the keys (request id, user, time), so that nothing wide passes through the engine and
+The SQL reads only the keys (request id, partition, user, time), so that nothing wide passes through the engine and
 every operator of it (group by, join, sort) can spill: no list is ever aggregated. The same text runs on
-DuckDB and on Spark. Requests are ordered by user, then time, then first impression: a user's requests stand
-together, for histories to be stored once and for statistics to prune.
+DuckDB and on Spark. Requests are ordered by partition, then user, then time, then first impression: a user's
+requests stand together, for histories to be stored once and for statistics to prune.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ FROM roo_keys k JOIN (
 
 
 def order_sql(columns: Columns) -> str:
-    """(pos, ordinal) for every row of the relation `roo_keys(pos, id[, user_key][, time_key])`."""
-    keys = [n for n, c in (("user_key", columns.user), ("time_key", columns.time)) if c is not None]
+    """(pos, ordinal) for every row of the relation `roo_keys(pos, id[, part_key][, user_key][, time_key])`."""
+    keys = [key for key in key_columns(columns) if key != "id"]
     return ORDER_SQL.format(
         order="".join(f"{k} NULLS FIRST, " for k in keys), keys="".join(f", min({k}) AS {k}" for k in keys)
     )
@@ -42,7 +43,8 @@ def order_sql(columns: Columns) -> str:
 
 def key_columns(columns: Columns) -> dict[str, str]:
     """Column of `roo_keys` -> column of the log."""
-    named = {"id": columns.request_id, "user_key": columns.user, "time_key": columns.time}
+    order = {"part_key": columns.partition, "user_key": columns.user, "time_key": columns.time}
+    named = {"id": columns.request_id, **order}
     return {k: v for k, v in named.items() if v is not None}
 
 
@@ -82,9 +84,19 @@ def texts(names: tuple[str, ...]) -> str:
     return "[" + ", ".join("'" + n.replace("'", "''") + "'" for n in names) + "]"
 
 
+@contextlib.contextmanager
+def duck_errors(source: Source, what: str) -> Iterator[None]:
+    """DuckDB's error as a DataError; where a column of `source` is corrupt, the one that names it."""
+    try:
+        yield
+    except duckdb.Error as e:
+        source.check()
+        raise DataError(f"{what}: {e}") from e
+
+
 def check_keys(source: Source, columns: Columns) -> None:
     """Reads the key columns of every row group. Raises DataError at one that is corrupt or lacks a request id."""
-    names = list(key_columns(columns).values())
+    names = list(dict.fromkeys(key_columns(columns).values()))
     for unit in source.units:
         for batch in read_row_group(source.files[unit.file], unit.row_group, names, 1 << 16):
             check_ids(batch, columns.request_id, source.name(unit))
@@ -101,10 +113,17 @@ def check_ids(batch: pa.RecordBatch, request_id: str, where: str) -> None:
 
 
 def write_ordinals(batches: Iterator[Any], rows: int, path: Path) -> None:
-    """The ordinal of every row, as `.npy`; -1 where the id is missing."""
+    """The ordinal of every row, as `.npy`; -1 where the id is missing.
+
+    Written before it is mapped: a full disk is an error in a write, and the end of the process in a map.
+    """
     partial = path.with_suffix(".partial")
-    out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.int64, shape=(rows,))
-    out[:] = -1
+    with open(partial, "wb") as file:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (rows,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for at in range(0, rows, 1 << 20):
+            file.write(np.full(min(rows - at, 1 << 20), -1, "<i8").tobytes())
+    out = np.load(partial, mmap_mode="r+")
     for positions, ordinals in batches:
         out[positions] = ordinals
     out.flush()

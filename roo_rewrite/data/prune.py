@@ -16,8 +16,10 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from pyarrow.fs import LocalFileSystem
 
+from roo_rewrite.data import hive
 from roo_rewrite.data.nest import plain_type
 from roo_rewrite.data.source import opening
+from roo_rewrite.data.store import PartMeta
 from roo_rewrite.data.table import Columns
 from roo_rewrite.errors import DataError
 
@@ -36,14 +38,14 @@ class RequestFilter:
         """The requests that match; as in SQL, one for which the filter is null does not."""
         return table.filter(self.expression)
 
-    def row_groups(self, paths: Sequence[str]) -> list[list[int]]:
+    def row_groups(self, parts: Sequence[tuple[str, PartMeta]]) -> list[list[int]]:
         """Per part, the row groups that may hold a match; reads the footers only."""
         keys, bounds = [], []
-        for p, path in enumerate(paths):
+        for p, (path, meta) in enumerate(parts):
             with opening(path) as file:
-                for g in range(file.metadata.num_row_groups):
+                for g in range(meta.row_groups):
                     keys.append((p, g))
-                    bounds.append(self._bounds(file.metadata.row_group(g)))
+                    bounds.append(self._bounds(file.metadata.row_group(g), meta))
         hints = ds.FileSystemDataset.from_paths(
             [str(i) for i in range(len(keys))],
             schema=self.schema,
@@ -52,14 +54,17 @@ class RequestFilter:
             partitions=bounds,
         )
         kept = sorted(int(f.path) for f in hints.get_fragments(self.expression))
-        found: list[list[int]] = [[] for _ in paths]
+        found: list[list[int]] = [[] for _ in parts]
         for p, g in (keys[i] for i in kept):
             found[p].append(g)
         return found
 
-    def _bounds(self, group: pq.RowGroupMetaData) -> pc.Expression:
+    def _bounds(self, group: pq.RowGroupMetaData, meta: PartMeta) -> pc.Expression:
         """What is true of every row of the group."""
         known = pc.scalar(True)
+        for name, text in meta.partition.items():
+            column, kind = pc.field(name), self.schema.field(name).type
+            known = known & (pc.is_null(column) if text is None else column == pc.scalar(hive.value(text, kind)))
         leaves = [group.column(i) for i in range(group.num_columns)]
         for name in self.names:
             mine = [leaf for leaf in leaves if leaf.path_in_schema == name]

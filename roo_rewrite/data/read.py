@@ -84,7 +84,7 @@ class RequestDataset(IterableDataset[RequestBatch]):
         self._cursors: dict[int, tuple[int, int]] = {}
         self.filter = None if filters is None else request_filter(filters, self.manifest.columns)
         metas = [part_meta(path) for path in paths]
-        kept = self.filter.row_groups(paths) if self.filter else [range(m.row_groups) for m in metas]
+        kept = self.filter.row_groups(list(zip(paths, metas))) if self.filter else [range(m.row_groups) for m in metas]
         self._groups = [(path, meta, g) for path, meta, found in zip(paths, metas, kept) for g in found]
 
     def set_epoch(self, epoch: int) -> None:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from roo_rewrite.errors import DataError
 
+UNREADABLE = (pa.ArrowException, OSError, UnicodeDecodeError)
 _WIDTHS = {"INT32": 4, "INT64": 8, "INT96": 8, "FLOAT": 4, "DOUBLE": 8, "BOOLEAN": 1, "BYTE_ARRAY": 8}
 
 
@@ -66,6 +67,12 @@ class Source:
         """Row batches of one row group. Raises DataError with file, row group and column."""
         yield from read_row_group(self.files[unit.file], unit.row_group, columns, batch_rows)
 
+    def check(self) -> None:
+        """Reads everything. Raises DataError at the first column that cannot be."""
+        for unit in self.units:
+            for _ in self.read(unit, self.schema.names, 1 << 16):
+                pass
+
     def name(self, unit: Unit) -> str:
         """`file, row group n`, for messages."""
         return f"{self.files[unit.file]}, row group {unit.row_group}"
@@ -113,7 +120,7 @@ def opening(name: str) -> Iterator[pq.ParquetFile]:
     try:
         file = pq.ParquetFile(name, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as e:
-        raise DataError(f"{name} cannot be read as Parquet: {_short(e)}. Is it truncated, or another format?") from e
+        raise DataError(f"{name} cannot be read as Parquet: {short(e)}. Is it truncated, or another format?") from e
     with file:
         yield file
 
@@ -123,16 +130,17 @@ def read_row_group(name: str, group: int, columns: Sequence[str], batch_rows: in
     with opening(name) as file:
         try:
             yield from file.iter_batches(batch_rows, row_groups=[group], columns=list(columns))
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
-            column = _bad_column(file, group, columns)
-            raise DataError(f"{name}, row group {group}, {column}: {_short(e)}. The file is corrupt") from e
+        except UNREADABLE as e:
+            column = bad_column(file, group, columns)
+            raise DataError(f"{name}, row group {group}, {column}: {short(e)}. The file is corrupt") from e
 
 
-def _bad_column(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> str:
+def bad_column(file: pq.ParquetFile, group: int, columns: Sequence[str]) -> str:
+    """Which of `columns` of a row group cannot be read, for messages."""
     for column in columns:
         try:
             file.read_row_group(group, columns=[column])
-        except (pa.ArrowException, OSError, UnicodeDecodeError):
+        except UNREADABLE:
             return f"column {column!r}"
     return "columns " + ", ".join(map(repr, columns))
 
@@ -163,6 +171,7 @@ def _memory(group: pq.RowGroupMetaData, names: Sequence[str]) -> dict[str, int]:
     return widths
 
 
-def _short(error: BaseException) -> str:
-    text = str(error).strip().rstrip(".")
+def short(error: BaseException) -> str:
+    """An error's message on one line."""
+    text = " ".join(str(error).split()).rstrip(".")
     return text if len(text) <= 300 else text[:297] + "..."

@@ -11,15 +11,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 
 from roo_rewrite.data.plan import check_keys, key_columns, order_sql
-from roo_rewrite.data.to_requests import Job
+from roo_rewrite.data.tasks import Job
 from roo_rewrite.errors import DataError, RooError
 
 WAVES = 4
+T = TypeVar("T")
 
 
 class Spark:
@@ -61,7 +62,7 @@ class Spark:
         made = self.session._jvm.org.apache.hadoop.fs.Path(str(Path(name).resolve())).toUri().getRawPath()
         return f"file:{made}"
 
-    def run(self, task: Callable[[Job, int], Any], job: Job, items: list[int]) -> Iterator[Any]:
+    def run(self, task: Callable[[T, int], Any], job: T, items: list[int]) -> Iterator[Any]:
         """See Engine. Errors of tasks are raised here as they were there."""
         context = self.session.sparkContext
         wave = WAVES * context.defaultParallelism
@@ -81,7 +82,7 @@ def _hadoop(name: str) -> str:
 class _Task:
     """A task whose error is a value, so that Spark neither retries it nor turns it into text."""
 
-    def __init__(self, task: Callable[[Job, int], Any], job: Job):
+    def __init__(self, task: Callable[[Any, int], Any], job: Any):
         self.task, self.job = task, job
 
     def __call__(self, item: int) -> tuple[BaseException | None, Any]:

@@ -13,8 +13,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roo_rewrite.data import history
-from roo_rewrite.data.source import opening
+from roo_rewrite.data import history, hive
+from roo_rewrite.data.source import UNREADABLE, bad_column, opening, short
 from roo_rewrite.data.table import IMPRESSIONS, META_KEY, Columns, Part
 from roo_rewrite.errors import DataError
 
@@ -68,10 +68,12 @@ def _abandon(writer: pq.ParquetWriter) -> None:
 
 
 def pack(table: pa.Table, columns: Columns, reverse: dict[str, bool]) -> pa.Table:
-    """Histories in `reverse` (column -> newest first) as `#new` and `#len`."""
+    """Histories in `reverse` (column -> newest first) as `#new` and `#len`; without the partition column."""
     arrays: dict[str, pa.Array] = {}
     for name in table.column_names:
         column = table[name].combine_chunks()
+        if name == columns.partition:
+            continue
         if name in reverse:
             arrays[name + history.NEW], arrays[name + history.LEN] = history.encode(column, reverse[name])
         else:
@@ -166,6 +168,7 @@ class PartMeta:
 
     columns: Columns
     histories: dict[str, bool]
+    partition: dict[str, str | None]
     row_groups: int
 
 
@@ -176,20 +179,28 @@ def part_meta(path: str) -> PartMeta:
         if raw is None:
             raise DataError(f"{path} is not request-level: its metadata has no key {META_KEY.decode()!r}")
         body = json.loads(raw)
-        return PartMeta(Columns.from_dict(body["columns"]), body["histories"], file.metadata.num_row_groups)
+        columns = Columns.from_dict(body["columns"])
+        return PartMeta(columns, body["histories"], body["partition"], file.metadata.num_row_groups)
 
 
 def read_group(path: str, meta: PartMeta, group: int, names: Sequence[str] | None = None) -> pa.Table:
     """One row group with whole histories: all columns, or request columns and struct fields `names`.
 
-    Raises DataError with file and row group.
+    Raises DataError with file, row group and column.
     """
     with opening(path) as file:
+        leaves = None if names is None else _leaves(meta, names)
         try:
-            packed = file.read_row_group(group, columns=None if names is None else _leaves(meta, names))
-        except (pa.ArrowException, OSError) as e:
-            raise DataError(f"{path}, row group {group}: {e}. The file is corrupt") from e
-    return unpack(packed, meta.columns, meta.histories)
+            packed = file.read_row_group(group, columns=leaves)
+        except UNREADABLE as e:
+            column = bad_column(file, group, leaves or file.schema_arrow.names)
+            raise DataError(f"{path}, row group {group}, {column}: {short(e)}. The file is corrupt") from e
+    table = unpack(packed, meta.columns, meta.histories)
+    for name, text in meta.partition.items():
+        if names is None or name in names:
+            value = hive.value(text, meta.columns.schema.field(name).type)
+            table = table.append_column(name, pa.repeat(value, table.num_rows))
+    return table
 
 
 def _leaves(meta: PartMeta, names: Sequence[str]) -> list[str]:
@@ -199,6 +210,6 @@ def _leaves(meta: PartMeta, names: Sequence[str]) -> list[str]:
             out += [name + history.NEW, name + history.LEN]
         elif name in meta.columns.fields:
             out.append(f"{IMPRESSIONS}.list.element.{name}")
-        else:
+        elif name not in meta.partition:
             out.append(name)
     return out

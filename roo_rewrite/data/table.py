@@ -4,6 +4,8 @@
     hist#new, hist#len                  a history column, as what it adds to the row before (see history.py)
     impressions: list<struct<...>>      the rest, one struct per impression
 
+A partition column is not in the files but in the names of their directories (see hive.py).
+
 List of struct, not parallel lists: the bytes are the same to 0.1%, and lists that must have one length cannot
 differ in it.
 """
@@ -14,7 +16,7 @@ import base64
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ META_KEY = b"roo"
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a log lies where. `schema` is the log's own; `position` keeps each impression's row number."""
+    """Which column of a log lies where. `schema` is the log's own.
+
+    position: each impression's row number is kept. partition: the column that names the parts' directories.
+    """
 
     request_id: str
     request: tuple[str, ...]
@@ -41,6 +46,7 @@ class Columns:
     user: str | None = None
     time: str | None = None
     position: bool = True
+    partition: str | None = None
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -50,9 +56,7 @@ class Columns:
     def demote(self, names: Sequence[str]) -> Columns:
         """The columns `names` on the impression side."""
         kept = tuple(c for c in self.request if c not in names)
-        return Columns(
-            self.request_id, kept, (*self.impression, *names), self.schema, self.user, self.time, self.position
-        )
+        return replace(self, request=kept, impression=(*self.impression, *names))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; the schema as base64 of Arrow IPC."""
@@ -74,13 +78,14 @@ def assign(
     user: str | None = None,
     time: str | None = None,
     position: bool = True,
+    partition: str | None = None,
 ) -> Columns:
     """The side of every column. A pattern that names no column is for the model, not the log, and is passed over.
 
     Raises DataError where the id is missing or of a type that cannot be one, SpecError where a column is on
     no side or on both.
     """
-    for what, name in (("request id", request_id), ("user id", user), ("time", time)):
+    for what, name in (("request id", request_id), ("user id", user), ("time", time), ("partition", partition)):
         if name is not None and name not in schema.names:
             raise DataError(f"there is no {what} column {name!r}; the columns are {', '.join(schema.names)}")
     kind = schema.field(request_id).type
@@ -100,11 +105,13 @@ def assign(
         problems = [f"{n!r} is not assigned to a side" for n in nowhere] + [f"{n!r} is on both sides" for n in both]
         raise SpecError("the feature spec does not fit the log's columns:\n  " + "\n  ".join(problems))
     request = (request_id, *(n for n in names if n in asked["request"]))
-    late = [n for n in (user, time) if n is not None and n not in request]
+    late = [n for n in (user, time, partition) if n is not None and n not in request]
     if late:
         raise SpecError(f"{late} order the requests, so they must be request columns in the spec")
+    if partition == request_id:
+        raise DataError("a partition for every request is too many; partition by a coarser column")
     impression = tuple(n for n in names if n in asked["impression"])
-    return Columns(request_id, request, impression, schema, user, time, position or not impression)
+    return Columns(request_id, request, impression, schema, user, time, position or not impression, partition)
 
 
 @dataclass(frozen=True)

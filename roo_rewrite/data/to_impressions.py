@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roo_rewrite.data import shuffle
+from roo_rewrite.data.engines import DEFAULT_MEMORY, Progress, silent
 from roo_rewrite.data.nest import impression_rows, plain_type
 from roo_rewrite.data.store import part_meta, read_group
 from roo_rewrite.data.table import POSITION, Manifest
-from roo_rewrite.data.to_requests import DEFAULT_MEMORY, GROUP_IMPRESSIONS, Progress
+from roo_rewrite.data.tasks import GROUP_IMPRESSIONS
 from roo_rewrite.data.workdir import fingerprint, open_parts, sync, working
 from roo_rewrite.errors import DataError
 
@@ -42,7 +43,7 @@ def to_impressions(
         raise DataError(f"{out} is a directory; give the name of the Parquet file to write")
     manifest, paths = open_parts(requests)
     with working(out, {"parts": fingerprint(tuple(paths)), "memory": memory}) as work:
-        tables = _in_order(manifest, paths, work, memory, progress or (lambda stage, done, total, rows: None))
+        tables = _in_order(manifest, paths, work, memory, progress or silent)
         partial = work / "out.parquet"
         rows = _write(partial, tables, manifest.columns.schema, level, _rows_within(manifest, memory // 40))
         if rows != manifest.impressions:

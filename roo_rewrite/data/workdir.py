@@ -117,7 +117,7 @@ def publish(work: Path, out: Path, manifest: Manifest, generation: str) -> None:
     Killed before the manifest is replaced: the old data set. After: the new one.
     """
     out.mkdir(exist_ok=True)
-    for part in (work / "data").glob("*.parquet"):
+    for part in (work / "data").rglob("*.parquet"):
         sync(part)
     if (work / "data").exists():
         (work / "data").rename(out / generation)

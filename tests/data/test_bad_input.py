@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from roo_rewrite.data.infer import infer
+from roo_rewrite.data.labels import join_labels
 from roo_rewrite.data.table import MANIFEST, read_manifest
 from roo_rewrite.data.to_impressions import to_impressions
 from roo_rewrite.data.to_requests import to_requests
@@ -130,6 +133,70 @@ def test_a_full_disk(small_log, write, tmp_path, spec):
     assert tree(tmp_path) == before
 
 
+FULL = """
+import os, sys
+from pathlib import Path
+from roo_rewrite.data.to_requests import to_requests
+from roo_rewrite.errors import DataError
+from roo_rewrite.features import FeatureSpec
+log, disk = sys.argv[1:]
+for free in (10_000, 60_000, 92_000):
+    stat = os.statvfs(disk)
+    (Path(disk) / "rest").write_bytes(bytes(max(0, stat.f_bavail * stat.f_bsize - free)))
+    try:
+        to_requests(log, Path(disk) / "out", FeatureSpec(["user*", "hist*", "time"], ["item*", "click"]), "rid")
+        sys.exit("went through")
+    except DataError as e:
+        assert "full" in str(e) or "No space" in str(e), e
+    assert os.listdir(disk) == ["rest"], os.listdir(disk)
+    (Path(disk) / "rest").unlink()
+"""
+
+
+def test_a_disk_without_room(small_log, write, tmp_path):
+    """A small disk of memory, as a write to a file in a map ends the process where there is no room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = ["unshare", "-Urm", "sh", "-c", f'mount -t tmpfs -o size=400k none {disk} && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*mounted, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no disk of memory can be mounted here")
+    log = write(small_log(list(range(10_000))))
+    command = [*mounted, sys.executable, "-c", FULL, str(log), str(disk)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def corrupt(path, column, group=1):
+    """Turns the head of the column's page over, which no reader can take."""
+    with pq.ParquetFile(path) as file:
+        leaves = file.metadata.row_group(group)
+        chunk = next(c for c in map(leaves.column, range(leaves.num_columns)) if c.path_in_schema.startswith(column))
+        at = chunk.dictionary_page_offset or chunk.data_page_offset
+    data = bytearray(path.read_bytes())
+    data[at : at + 6] = bytes(b ^ 0xFF for b in data[at : at + 6])
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize("column", ["rid", "item_f"])
+def test_inference_names_the_corrupt_column(small_log, write, column):
+    log = write(small_log([1, 1, 2, 2] * 3), row_group_size=5)
+    corrupt(log, column)
+    with pytest.raises(DataError, match=rf"log\.parquet, row group 1, column '{column}': .*corrupt"):
+        infer(log, "rid")
+
+
+def test_joining_names_the_corrupt_column(small_log, write, tmp_path, spec):
+    to_requests(write(small_log([1, 2, 2])), tmp_path / "out", spec, "rid")
+    outcomes = pa.table({"rid": [1, 2], "item": [0, 1], "at": pa.array([1, 2], pa.timestamp("us")), "buy": [1, 0]})
+    late = write(outcomes, name="late", row_group_size=1)
+    corrupt(late, "buy")
+    before = tree(tmp_path)
+    keys = {"impression_id": "item", "labels": ["buy"], "time": "time", "outcome_time": "at", "window": 60}
+    with pytest.raises(DataError, match=r"late\.parquet, row group 1, column 'buy': .*corrupt"):
+        join_labels(tmp_path / "out", late, tmp_path / "out", **keys)
+    assert tree(tmp_path) == before
+
+
 def test_damaged_data_sets(small_log, write, tmp_path, spec):
     out = tmp_path / "out"
     to_requests(write(small_log([1, 2, 2])), out, spec, "rid")
@@ -139,7 +206,7 @@ def test_damaged_data_sets(small_log, write, tmp_path, spec):
         leaf = file.metadata.row_group(0).column(0)
         at = leaf.data_page_offset + leaf.total_compressed_size - 3
     part.write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
-    with pytest.raises(DataError, match=r"part-00000\.parquet, row group 0"):
+    with pytest.raises(DataError, match=r"part-00000\.parquet, row group 0, column 'rid'"):
         to_impressions(out, tmp_path / "back.parquet")
     part.unlink()
     with pytest.raises(DataError, match="lacks 1 of its 1 parts"):

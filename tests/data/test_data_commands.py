@@ -49,12 +49,12 @@ def test_options_reach_the_files(run, small_log, write, tmp_path, spec_file):
     common = ["to-requests", log, out, "--request-id", "rid", "--spec", spec_file, "--quiet"]
     with pytest.raises(DataError, match="user_name"):
         run(*common)
-    result = run(
-        *common, "--on-conflict", "demote", "--any-order", "--no-dedup", "--encodings", "default", "--level", 1
-    )
+    more = ["--on-conflict", "demote", "--any-order", "--no-dedup", "--encodings", "default", "--level", 1]
+    result = run(*common, *more, "--partition-by", "user")
     assert "moved to the impressions: ['user_name']" in result.output
     manifest = read_manifest(out)
     assert not manifest.columns.position
+    assert [p.path.split("/")[1] for p in manifest.parts] == ["user=1", "user=2"]
     assert "hist" in pq.read_schema(out / manifest.parts[0].path).names
 
 
