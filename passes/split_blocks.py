@@ -91,7 +91,8 @@ def _pointwise(s: Splitter, app: Application) -> Form | None:
     pieces = cut_operands(s, bare, back)
     if not any(all(has_early(f) for f in operands(p)) for p in pieces):
         return None
-    cut_dims = [f.ndim + back for f in operands(bare)]
+    total = hint(cut.shape[cut.dim])
+    cut_dims = [f.ndim + back if is_cut(f, f.ndim + back, total) else -1 for f in operands(bare)]
     made = Blocks(len(small) + back, tuple(together(s, pieces, len(small) + back, cut_dims)))
     return made if same_shape(small, shape) else Expanded(made, shape)
 
@@ -100,28 +101,37 @@ def together(s: Splitter, pieces: Sequence[Application], dim: int, cut_dims: Seq
     """The op on each piece; pieces that differ only in what they pick of the same tensors run as one.
 
     A thousand pairs of fields are then three products, user-user, user-item and item-item.
-    cut_dims: where the cut lies in each operand; dim: in the result.
+    cut_dims: where the cut lies in each operand, -1 where it is broadcast; dim: in the result.
     """
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Any, dict[Any, list[int]]] = {}
     for i, piece in enumerate(pieces):
-        groups.setdefault(tuple(source(f, c) for f, c in zip(operands(piece), cut_dims)), []).append(i)
+        cut = list(zip(operands(piece), cut_dims))
+        picks = tuple(tuple(picked(f, c)) for f, c in cut if c >= 0)
+        joinable = all(c < 0 or isinstance(source(f, c), tuple) for f, c in cut)
+        key = (*(source(f, c) for f, c in cut), None if joinable else picks)
+        groups.setdefault(key, {}).setdefault(picks, []).append(i)
     results: dict[int, Form] = {}
-    for key, members in groups.items():
-        if len(members) == 1 or not any(isinstance(part, tuple) for part in key):
-            results |= dict.fromkeys(members, s.apply(pieces[members[0]]))
-            continue
-        whole = s.apply(_joined([pieces[i] for i in members], cut_dims))
+    for members in groups.values():
+        alike = [pieces[same[0]] for same in members.values()]
+        whole = s.apply(alike[0] if len(alike) == 1 else _joined(alike, cut_dims))
         start = 0
-        for i in members:
-            size = next(len(f.index) for f, part in zip(operands(pieces[i]), key) if isinstance(part, tuple))  # type: ignore[attr-defined]
-            results[i] = pick_form(s, whole, dim, range(start, start + size))
-            start += size
+        for picks, same in members.items():
+            stop = start + len(picks[0])
+            results |= dict.fromkeys(same, whole if len(alike) == 1 else pick_form(s, whole, dim, range(start, stop)))
+            start = stop
     return [results[i] for i in range(len(pieces))]
 
 
 def source(form: Form, cut: int) -> Any:
     """What pieces must share to run as one: the tensor picked from along the cut, or the very form."""
-    return (form.base.node, form.dim) if isinstance(form, Picked) and form.dim == cut else id(form)
+    if isinstance(form, Picked) and form.dim == cut:
+        return form.base.node, cut
+    return (form.node, cut) if isinstance(form, Whole) and cut >= 0 else id(form)
+
+
+def picked(form: Form, dim: int) -> Sequence[int]:
+    """The entries of its source along `dim` that a form is."""
+    return form.index if isinstance(form, Picked) and form.dim == dim else range(hint(form.shape[dim]))
 
 
 def _joined(pieces: Sequence[Application], cut_dims: Sequence[int]) -> Application:
@@ -130,9 +140,11 @@ def _joined(pieces: Sequence[Application], cut_dims: Sequence[int]) -> Applicati
 
     def join(form: Form) -> Form:
         cut, forms = next(stock)
-        if not isinstance(form, Picked) or form.dim != cut:
+        if cut < 0:
             return form
-        return Picked(form.base, form.dim, tuple(i for f in forms if isinstance(f, Picked) for i in f.index))
+        base = form.base if isinstance(form, Picked) else form
+        assert isinstance(base, Whole)
+        return Picked(base, cut, tuple(i for f in forms for i in picked(f, cut)))
 
     return _mapped(pieces[0], join)
 
@@ -182,13 +194,16 @@ def cut_operands(s: Splitter, app: Application, back: int) -> list[Application]:
 
         def piece(f: Form, span: tuple[int, int] = span) -> Form:
             at = f.ndim + back
-            if at < 0 or not is_static(f.shape[at]) or f.shape[at] != total or total == 1:
-                return f
-            return cut_form(s, f, at, *span)
+            return cut_form(s, f, at, *span) if is_cut(f, at, total) else f
 
         made.append(_mapped(app, piece))
         start += size
     return made
+
+
+def is_cut(form: Form, dim: int, total: int) -> bool:
+    """Whether a cut into pieces of `total` entries goes through the form, which may be broadcast along it."""
+    return dim >= 0 and total != 1 and is_static(form.shape[dim]) and bool(form.shape[dim] == total)
 
 
 def refined(cuts: Sequence[Sequence[int]]) -> list[int]:

@@ -183,3 +183,12 @@ def test_a_second_handler_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"aten\.cat\.default has a form handler already"):
         handles("aten.cat.default")(lambda s, app: None)
     assert split_handlers == HANDLERS
+
+
+def test_a_part_read_whole_twice_beside_two_picks(captured: Function) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        part = x[:, :2]
+        return torch.cat([u, u.sin()[:, :2]], 1) * torch.cat([part, u[:, :2], part], 1)
+
+    trace, before, graph, _ = split_of(captured, model)
+    same(trace, before, graph)
