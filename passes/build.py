@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
@@ -66,7 +67,7 @@ class Builder:
             if mode is None:
                 made.meta["val"] = target(*values[0], **values[1])
             else:
-                with mode:
+                with mode, enable_python_dispatcher():  # without it some ops take the traced batch for a number
                     made.meta["val"] = target(*values[0], **values[1])
         made.meta[PROVENANCE] = _join(made)
         self.known[key] = made

@@ -142,13 +142,16 @@ def _by_side(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], cut: 
     terms: list[tuple[float, Form]] = []
     for parts, places in sides.values():
         if parts:
-            mine = _simple(s, parts[0] if len(parts) == 1 else s.op(aten.cat.default, parts, blocks.dim))
+            joined = s.op(aten.cat.default, parts, blocks.dim) if len(parts) > 1 else parts[0]
+            mine = _simple(s, joined if len(parts) == 1 else Whole(s.builder.whole(joined)))
             names = letters[1 - at]
             rest = _simple(s, pick_form(s, other, names.index(cut), places)) if cut in names else other
             made = _contract(s, *((mine, rest) if at == 0 else (rest, mine)), letters, emit)
             if made is None:
                 return None
             terms.append((1.0, made))
+    if not terms:
+        return None
     return terms[0][1] if len(terms) == 1 else Sum(tuple(terms), terms[0][1].shape)
 
 

@@ -299,13 +299,12 @@ class _Drawn:
         with torch.random.fork_rng(devices=[]), frozen_buffers(module), torch.set_grad_enabled(self.gradients):
             torch.manual_seed(self.seed)
             outputs = tensors_of(module(*args, **kwargs))
-            floats = [t for t in outputs if t.requires_grad]
+            floats, weights = weighted(outputs, self.seed)
             wanted = [*module.parameters(), *self.batch.atoms]
             asking = [t for t in wanted if t.requires_grad]
             if not (self.gradients and floats and asking):
                 return [t.detach() for t in outputs], [None] * len(wanted)
-            generator = torch.Generator().manual_seed(self.seed)
-            loss = sum((t * torch.rand(t.shape, generator=generator, dtype=t.dtype)).sum() for t in floats)
+            loss = sum((t * w).sum() for t, w in zip(floats, weights))
             grads = iter(torch.autograd.grad(loss, asking, allow_unused=True))  # type: ignore[arg-type]
             return [t.detach() for t in outputs], [next(grads) if t.requires_grad else None for t in wanted]
 
@@ -350,3 +349,13 @@ def _dense(grad: Tensor) -> Tensor:
 
 def _zero(grad: Tensor | None) -> bool:
     return grad is None or not bool(_dense(grad).any())
+
+
+def weighted(outputs: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs that have gradients, and a random weight for each entry.
+
+    An output keeps its weights whether or not others have gradients: a constant written over a value takes them away.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [(t, torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t)) for t in outputs]
+    return [t for t, _ in drawn if t.requires_grad], [w for t, w in drawn if t.requires_grad]

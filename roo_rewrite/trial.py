@@ -16,7 +16,17 @@ from torch.fx import Graph
 from roo_rewrite.calls import ambient, without_empty
 from roo_rewrite.capture import Captured
 from roo_rewrite.emit import runnable
-from roo_rewrite.equivalence import Batch, compare, distance, draw_batch, gradients_differ, noise, shaken, tolerance
+from roo_rewrite.equivalence import (
+    Batch,
+    compare,
+    distance,
+    draw_batch,
+    gradients_differ,
+    noise,
+    shaken,
+    tolerance,
+    weighted,
+)
 from roo_rewrite.errors import EquivalenceError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
@@ -217,9 +227,7 @@ def _detached(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _backward(outputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor | None]:
     """Gradients of a weighted sum of the outputs."""
-    floats = [t for t in outputs if t.requires_grad]
+    floats, weights = weighted(outputs, 2)
     if not floats or not wanted:
         return [None] * len(wanted)
-    generator = torch.Generator().manual_seed(2)
-    weights = [torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t) for t in floats]
     return list(torch.autograd.grad(floats, wanted, weights, allow_unused=True))

@@ -118,11 +118,13 @@ def run(model: nn.Module, call: Callable[[], Any], wrt: list[Tensor], seed: int)
     """Outputs, and the gradients of a weighted sum of them."""
     torch.manual_seed(seed)
     out = leaves(call())
-    floats = [t for t in out if isinstance(t, Tensor) and t.requires_grad]
-    if not floats:
-        return out, [None] * len(wrt)
     generator = torch.Generator().manual_seed(seed)
-    loss = sum((t * torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.dtype)).sum() for t in floats)
+    tensors = [t for t in out if isinstance(t, Tensor)]
+    drawn = [torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in tensors]
+    terms = [(t * w).sum() for t, w in zip(tensors, drawn) if t.requires_grad]
+    if not terms:
+        return out, [None] * len(wrt)
+    loss = sum(terms)
     for t in wrt:
         t.grad = None
     loss.backward()

@@ -34,6 +34,17 @@ class WritesInputCopy(Plain):
         return self.mix(self.user(v), x)
 
 
+class ReturnsFilled(Plain):
+    """A constant written over an output takes its gradient away, which is not that of the others."""
+
+    hoists = True
+
+    def forward(self, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        v = x.clone()
+        v.fill_(0.5)
+        return v, self.mix(self.user(u), x)
+
+
 class WritesInput(nn.Module):
     """Integer inputs may be written into; the caller's tensor is not what is compared."""
 

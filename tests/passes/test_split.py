@@ -192,3 +192,34 @@ def test_a_part_read_whole_twice_beside_two_picks(captured: Function) -> None:
 
     trace, before, graph, _ = split_of(captured, model)
     same(trace, before, graph)
+
+
+@pytest.mark.parametrize("reduce", [torch.sum, torch.mean, torch.amax])
+def test_a_reduction_over_parts_of_one_side_that_cannot_be_joined(captured: Function, reduce: Function) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        return reduce(torch.cat([x, x[:, :1].expand(-1, 4)], 1), 1)
+
+    trace, before, graph, _ = split_of(captured, model)
+    same(trace, before, graph)
+
+
+def test_an_attention_over_parts_of_one_side_that_cannot_be_joined(captured: Function) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        wide = x[:, :1].unsqueeze(1).expand(-1, 4, -1)
+        return torch.bmm(u.unsqueeze(1), torch.cat([wide, wide * 2, x.unsqueeze(2)], 2))
+
+    def contracted(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        wide = torch.cat([x[:, :1].expand(-1, 2), x[:, 1:2].expand(-1, 2)], 1)
+        return torch.bmm(wide.unsqueeze(1), torch.stack([u, u * 2], 2))
+
+    for function in (model, contracted):
+        trace, before, graph, _ = split_of(captured, function)
+        same(trace, before, graph)
+
+
+def test_padding_parts_does_not_take_the_traced_batch_for_a_number(captured: Function) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        return torch.lerp(F.pad(torch.cat([u, x], 1), [1, 1]), u[:, :1], x[:, :1])
+
+    trace, before, graph, _ = split_of(captured, model)
+    same(trace, before, graph)
