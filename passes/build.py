@@ -9,7 +9,6 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
@@ -26,6 +25,7 @@ from passes.forms import (
     is_static,
     provenance,
 )
+from passes.traced import traced
 from roo_rewrite.capture import Captured
 from roo_rewrite.facts import META, CrossRow, Provenance, annotation
 
@@ -62,13 +62,7 @@ class Builder:
         if self.origin is not None:
             made.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        mode = next((v.fake_mode for v in _fakes(values)), None)
-        with torch.no_grad():
-            if mode is None:
-                made.meta["val"] = target(*values[0], **values[1])
-            else:
-                with mode, enable_python_dispatcher():  # without it some ops take the traced batch for a number
-                    made.meta["val"] = target(*values[0], **values[1])
+        made.meta["val"] = traced(target, *values)
         made.meta[PROVENANCE] = _join(made)
         self.known[key] = made
         return made
@@ -239,10 +233,6 @@ def _join(node: Node) -> Provenance:
 
 def _is_size(node: Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
-
-
-def _fakes(values: Any) -> list[FakeTensor]:
-    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, FakeTensor)]
 
 
 def _frozen(value: Any) -> Any:

@@ -12,8 +12,7 @@ picks, which nothing can be proved of; what follows is traced again with the tru
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from passes.constants import evaluate
+from passes.traced import traced
 from roo_rewrite.capture import Captured
 
 aten = torch.ops.aten
@@ -54,8 +54,7 @@ def _unknown(value: Any) -> bool:
 
 def _call(captured: Captured, target: Any, *args: Any) -> Node:
     made = captured.graph.call_function(target, args)
-    with _mode(captured):
-        made.meta["val"] = target(*torch.fx.map_arg(args, lambda n: n.meta["val"]))
+    made.meta["val"] = traced(target, torch.fx.map_arg(args, lambda n: n.meta["val"]))
     return made
 
 
@@ -154,22 +153,11 @@ def _traced_again(node: Node, made: Node | list[Node]) -> dict[Node, Any] | None
         if later.op == "call_function" and any(n in new for n in later.all_input_nodes):
             args, kwargs = torch.fx.map_arg((later.args, later.kwargs), lambda n: new[n] if n in new else n.meta["val"])
             try:
-                new[later] = _run(later, args, kwargs)
+                new[later] = traced(later.target, args, kwargs)  # type: ignore[arg-type]
             except Exception:  # whatever a kernel raises: what was traced stays
                 return None
         later = later.next
     return new
-
-
-def _run(node: Node, args: Sequence[Any], kwargs: Any) -> Any:
-    assert callable(node.target)
-    mode = next(
-        (v.fake_mode for v in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(v, FakeTensor)), None
-    )
-    if node.target is operator.getitem or mode is None:
-        return node.target(*args, **kwargs)
-    with mode:
-        return node.target(*args, **kwargs)
 
 
 def _put(captured: Captured, node: Node, made: Node | list[Node]) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
 from torch.fx import Graph, Node
 
 from passes.functionalize import keeps
+from passes.traced import traced
 from roo_rewrite.facts import Provenance
 from roo_rewrite.ops.broadcast import jagged_broadcast
 from roo_rewrite.ops.mixed_rate import jagged_einsum, jagged_layout
@@ -210,9 +210,7 @@ def _make(graph: Graph, like: Node | None, target: Any, *args: Any) -> Node:
     """A new impression-level node with its traced value."""
     new = graph.call_function(target, args)
     values = torch.fx.map_arg(args, lambda n: n.meta["val"])
-    tensors = [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, Tensor)]
-    with tensors[0].fake_mode:  # type: ignore[attr-defined]
-        new.meta["val"] = target(*values)
+    new.meta["val"] = traced(target, values)
     new.meta.update({k: v for k, v in (like.meta if like is not None else {}).items() if k != "val"})
     new.meta[SIDE] = Provenance.IMPRESSION
     return new

@@ -27,11 +27,12 @@ _BINARY_CASES = [
 # Pointwise by torch's tag, but not a function of the operands alone, or writing into one of them.
 _NOT_POINTWISE = {"bernoulli", "rrelu_with_noise", "dropout", "native_dropout", "copy", "fill", "_to_copy", "clone"}
 
-# Pointwise, but not by torch's tag; and overloads of such names that are something else.
+# Pointwise, but not by torch's tag, or not by every version's; and overloads of such names that are something else.
 _UNTAGGED = {
     "__and__",
     "__or__",
     "__xor__",
+    "_conj_physical",
     "absolute",
     "arccos",
     "arccosh",
@@ -53,6 +54,7 @@ _UNTAGGED = {
     "imag",
     "isclose",
     "isreal",
+    "leaky_relu",
     "less",
     "less_equal",
     "log_sigmoid",
