@@ -1,17 +1,15 @@
 """Model -> fx graph over ATen, with the batch dim symbolic.
 
 The model is exported on its atoms (see `inputs`), at a batch size that equals no other size in it, so
-that two equal sizes are never confused. What the trace took for granted of the batch size (guards) is
-kept: a batch outside them is run by the original.
+that two equal sizes are never confused. It is run to be traced; where that fails its bytecode is interpreted,
+which also follows `len(x)`, `int(x.size(0))` and NumPy. What the trace took for granted of the batch size
+(guards) is kept: a batch outside them is run by the original.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import types
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,15 +21,24 @@ from torch import Tensor, nn
 from torch.export.dynamic_shapes import Dim
 from torch.utils import _pytree as pytree
 
+from roo_rewrite.adapter import Adapter, rehearsed
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
-from roo_rewrite.outputs import COMPUTED, COMPUTED_VALUE, flatten_output, unflatten_output
+from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.purity import random_kept, twin, untraceable
 from roo_rewrite.swallowed import same_way, watched
-from roo_rewrite.tracing import assignments_allowed, brief, innermost, no_lost_calls, symbolic_len
+from roo_rewrite.tracing import (
+    assignments_allowed,
+    brief,
+    innermost,
+    no_lost_calls,
+    python_only,
+    silent,
+    symbolic_len,
+)
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
 _BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
@@ -72,23 +79,6 @@ class Captured:
         return sympy.Integer(size)
 
 
-class _Adapter(nn.Module):
-    """The model called on its atoms; remembers the structure of what it returned."""
-
-    def __init__(self, model: nn.Module, inputs: Inputs, statics: Sequence[Any]):
-        super().__init__()
-        self.model = model
-        self.__dict__["_call"] = (inputs, statics)
-        self.__dict__["_out"] = None
-
-    def forward(self, *atoms: Tensor) -> tuple[Any, ...]:
-        inputs, statics = self.__dict__["_call"]
-        args, kwargs = inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
-        values, tree = flatten_output(self.model(*args, **kwargs))
-        self.__dict__["_out"] = ([v if not isinstance(v, COMPUTED) else COMPUTED_VALUE for v in values], tree)
-        return tuple(v for v in values if isinstance(v, COMPUTED))
-
-
 def trace_batch(model: nn.Module, atoms: Sequence[Tensor]) -> int:
     """A prime that divides no size in sight, so that no size can be mistaken for the batch."""
     sizes = {s for t in (*model.parameters(), *model.buffers()) for s in t.shape}
@@ -125,13 +115,17 @@ def capture(
     example = trace_rows(inputs, atoms, batch)
     _pure(model, inputs, example, statics)
     chosen, notes = outermost(leaves), list[str]()
-    for _ in range(32):
+    for attempt in range(32):
         copied = twin(model)
         try:
             captured = _export(copied, inputs, example, statics, chosen, batch)
         except CaptureError:
             raise
         except Exception as e:  # whatever user code raises while it is traced
+            if not attempt and not chosen and python_only(e):
+                interpreted = _interpreted(model, inputs, example, statics, batch)
+                if interpreted is not None:
+                    return interpreted
             path = innermost(copied, e)
             if not path or path in chosen:
                 raise CaptureError(f"the model cannot be traced: {brief(e)}") from e
@@ -163,40 +157,45 @@ def _pure(model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequ
         raise CaptureError(reason)
 
 
+def _interpreted(
+    model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any], batch: int
+) -> Captured | None:
+    """The model traced by interpreting its bytecode; None where that fails too."""
+    with contextlib.suppress(Exception):
+        return _export(twin(model), inputs, example, statics, [], batch, strict=True)
+    return None
+
+
 def _export(
-    model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any], leaves: list[str], batch: int
+    model: nn.Module,
+    inputs: Inputs,
+    example: list[Tensor],
+    statics: Sequence[Any],
+    leaves: list[str],
+    batch: int,
+    strict: bool = False,
 ) -> Captured:
     sites: list[LeafSite] = []
     with watched() as run:
         _observe(twin(model), inputs, example, statics, leaves, sites, batch)
-    adapter = _Adapter(model, inputs, statics)
+    if strict and (sites or run.catches):
+        raise CaptureError("an autograd.Function, and what catches exceptions, is not interpreted")
+    adapter = Adapter(model, inputs, statics)
     adapter.training = model.training
     shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
-    quiet = logging.getLogger("torch")
-    level = quiet.level
-    try:
-        quiet.setLevel(logging.CRITICAL)
-        with (
-            random_kept(),
-            torch.enable_grad(),
-            warnings.catch_warnings(),
-            no_lost_calls(),
-            opaque(model, leaves, sites),
-            looked_up(model, leaves, sites),
-            watched(run) as trace,
-        ):
-            warnings.simplefilter("ignore")
-            with (
-                assignments_allowed(),
-                symbolic_len(),
-                contextlib.redirect_stdout(io.StringIO()),
-                contextlib.redirect_stderr(io.StringIO()),
-            ):
-                program = torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=False)
-    finally:
-        quiet.setLevel(level)
-    same_way(run, trace)
-    out_values, out_tree = adapter.__dict__["_out"]
+    around = contextlib.ExitStack()
+    with around, random_kept(), torch.enable_grad(), silent(), assignments_allowed():
+        if strict:  # nothing may be patched then; what a trace would lose shows when the model is run
+            out_values, out_tree = rehearsed(model, inputs, example, statics, batch)
+        else:
+            for patch in (no_lost_calls(), opaque(model, leaves, sites), looked_up(model, leaves, sites)):
+                around.enter_context(patch)
+            trace = around.enter_context(watched(run))
+            around.enter_context(symbolic_len())
+        program = torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict)
+    if not strict:
+        same_way(run, trace)
+        out_values, out_tree = adapter.returned
     graph, constants = _unlifted(program)
     symbols = _batch_symbols(program, inputs, graph)
     accepts = _acceptance(program, symbols, example, batch)
@@ -291,7 +290,9 @@ def _acceptance(
         shapes = [(n if s and s[0] == batch else s[0] if s else 0, *s[1:]) for s in fixed]
         stand_ins = [types.SimpleNamespace(size=lambda s=s: s) for s in shapes]
         try:
-            return all(eval(code, {"L": {"atoms": stand_ins}, "torch": torch}) for code in codes)
+            return all(
+                eval(code, {"L": {"atoms": stand_ins, "flat_args": stand_ins}, "torch": torch}) for code in codes
+            )
         except (AttributeError, NameError, TypeError):  # a guard on more than sizes
             return False
 

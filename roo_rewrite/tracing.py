@@ -5,7 +5,10 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib
+import io
+import logging
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +20,11 @@ def brief(e: BaseException) -> str:
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     text = re.sub(r"\s+", " ", lines[0]) if lines else type(e).__name__
     return f"{type(e).__name__}: {text[:200]}"
+
+
+def python_only(error: BaseException) -> bool:
+    """Whether the trace met what only an interpreter of the model's bytecode follows: a size made an int, NumPy."""
+    return any(said in str(error) for said in ("Constraints violated", "numpy"))
 
 
 def innermost(model: nn.Module, error: BaseException) -> str | None:
@@ -90,3 +98,21 @@ def symbolic_len() -> Iterator[None]:
         yield
     finally:
         builtins.len = original
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Neither torch nor the model says anything."""
+    quiet = logging.getLogger("torch")
+    level = quiet.level
+    try:
+        quiet.setLevel(logging.CRITICAL)
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        quiet.setLevel(level)
