@@ -69,12 +69,12 @@ class HookBesideALength(Plain):
         return self.mix(h, x)
 
 
-class DataWrittenBesideALength(Plain):
+class DataWrittenBesideAnInt(Plain):
     hoists = False
     caught = True
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
-        h = self.a(u) * torch.ones(len(u), 1, dtype=u.dtype)
+        h = self.a(u) * torch.ones(int(u.size(0)), 1, dtype=u.dtype)
         h.data.mul_(3)
         return self.mix(h, x)
 
