@@ -178,7 +178,7 @@ def _export(
     sites: list[LeafSite] = []
     with watched() as run:
         _observe(twin(model), inputs, example, statics, leaves, sites, batch)
-    if strict and (sites or run.catches):
+    if strict and (sites or run.raised):
         raise CaptureError("an autograd.Function, and what catches exceptions, is not interpreted")
     adapter = Adapter(model, inputs, statics)
     adapter.training = model.training
