@@ -9,6 +9,7 @@ which also follows `len(x)`, `int(x.size(0))` and NumPy. What the trace took for
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -281,6 +282,7 @@ def _acceptance(
     codes = [compile(code, "<guard>", "eval") for code in getattr(program, "_guards_code", [])]
     fixed = [tuple(t.shape) for t in example]
 
+    @functools.lru_cache(4096)
     def accepts(n: int) -> bool:
         # The trace never sees 0 or 1 rows; those are judged by running both, in `pipeline`.
         for expr, lower, upper in ranges:

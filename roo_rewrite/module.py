@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from roo_rewrite.calls import (
+    Setting,
+    Watched,
     ambient,
     check_batch,
     check_counts,
@@ -19,6 +21,8 @@ from roo_rewrite.calls import (
     hashable,
     kind,
     like,
+    state,
+    watched,
     without_empty,
 )
 from roo_rewrite.facts import Provenance
@@ -29,7 +33,6 @@ from roo_rewrite.purity import kept
 from roo_rewrite.report import Report
 
 Build = Callable[["RequestModel", Sequence[Tensor], Sequence[Any], str], Program]
-Setting = tuple[str, str]
 _MAX_PROGRAMS = 16
 _EXAMPLE_ROWS = 64
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
@@ -50,8 +53,8 @@ class RequestModel(nn.Module):
     _build: Build
     _programs: dict[Any, Program]
     _current: dict[bool, Program]
-    _members: list[nn.Module]
-    _settings: tuple[list[Setting], list[tuple[nn.Module, str]]]
+    _settings: list[Setting]
+    _watched: list[Watched]
     _roo: nn.Module
 
     def __init__(
@@ -76,9 +79,8 @@ class RequestModel(nn.Module):
         self.__dict__["_build"] = build
         self.__dict__["_programs"] = dict[Any, Program]()
         self.__dict__["_current"] = dict[bool, Program]()
-        self.__dict__["_members"] = list(original.modules())
-        known = [(original.get_submodule(path), key) for path, key in settings]
-        self.__dict__["_settings"] = (list(settings), known)
+        self.__dict__["_settings"] = list(settings)
+        self.__dict__["_watched"] = watched(original, settings)
         self.add_module("_roo", nn.Module())
         self._program(example, statics)
 
@@ -107,7 +109,7 @@ class RequestModel(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Programs hold functions and traces; they are built again where the model is loaded.
         example, statics = self._example
-        return RequestModel, (self._original, self._inputs, example, statics, self._build, self._settings[0])
+        return RequestModel, (self._original, self._inputs, example, statics, self._build, self._settings)
 
     # -- running
 
@@ -184,10 +186,8 @@ class RequestModel(nn.Module):
 
     def _program(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor | None = None) -> Program:
         """The program for this mode, these settings and these kinds of input, built on demand."""
-        modes = tuple(m.training for m in self._members)
-        settings = tuple(m.__dict__.get(k) for m, k in self._settings[1])
-        kinds = tuple(kind(t) for t in atoms)
-        key = (self.training, modes, settings, _dtype(self), kinds, hashable(statics), ambient())
+        kinds = tuple([kind(t) for t in atoms])
+        key = (self.training, state(self._watched), kinds, hashable(statics), ambient())
         found = self._programs.get(key)
         if found is None or not found.holds(self):
             found = self._new_program(atoms, statics, counts)
@@ -244,7 +244,3 @@ def _signed(original: nn.Module) -> type[RequestModel]:
     parameters = [own.parameters["self"], *(p for p in given if p not in rest), counts, *rest]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return type("RequestModel", (RequestModel,), {"forward": forward, "__module__": __name__})
-
-
-def _dtype(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
