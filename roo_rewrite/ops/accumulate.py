@@ -11,12 +11,11 @@ def linear_onto(base: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
     Autograd copies what is written through a view, so with gradients on only a matrix is written into.
     """
-    if base.ndim == 2:
-        return base.addmm_(x, weight.t())
-    flat, given = base.flatten(0, -2), x.flatten(0, -2)
-    if torch.is_grad_enabled():
-        flat = torch.addmm(flat, given, weight.t())
-        made: Tensor = torch.ops.aten._unsafe_view.default(flat, base.shape)
+    into, product = base.flatten(0, -2), (x.flatten(0, -2), weight.t())
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and base.ndim > 2):
+        made: Tensor = torch.ops.aten._unsafe_view.default(torch.addmm(into, *product), base.shape)
         return made
-    flat.addmm_(given, weight.t())
-    return base
+    if torch.is_grad_enabled():
+        return base.addmm_(*product)
+    torch.addmm(into, *product, out=into)  # unlike addmm_, FLOP counters know it
+    return into.view(base.shape)  # not base: flattening one that is not contiguous copies it
