@@ -128,6 +128,23 @@ class Lazy(Deferred):
         return self.how()
 
 
+@dataclass(frozen=True, eq=False)
+class Scaled(Deferred):
+    """`inner * by`, broadcast: `by` has size 1 along `dim`, or is a constant with entries along `dim` alone."""
+
+    inner: Form
+    by: Whole
+    dim: int
+    how: Callable[[], Node]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return self.inner.shape
+
+    def carry(self) -> Node:
+        return self.how()
+
+
 def with_size(shape: Sequence[Any], dim: int, size: Any) -> tuple[Any, ...]:
     """`shape` with another size in one dim."""
     return (*shape[:dim], size, *shape[dim + 1 :])

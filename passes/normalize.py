@@ -188,6 +188,19 @@ def _squeeze_dim(captured: Captured, node: Node) -> Node | None:
     return x if kept else None
 
 
+def _same_dtype(captured: Captured, node: Node) -> Node | None:
+    """A cast to the dtype and device it has."""
+    x = _first(captured, node)
+    a, b = x.meta["val"], node.meta["val"]
+    return x if a.dtype == b.dtype and a.device == b.device and not _copies(node) else None
+
+
+def _copies(node: Node) -> bool:
+    """Whether a cast is asked for a tensor of its own, or for a layout."""
+    options = {*node.kwargs.values(), *node.args[2:]}
+    return bool(options - {None, False})
+
+
 def _same(captured: Captured, node: Node) -> Node | None:
     """An expand or view to the very shape it has."""
     x = _first(captured, node)
@@ -216,6 +229,8 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze_dim,
     aten.alias.default: _first,
+    aten.to.dtype: _same_dtype,
+    aten.type_as.default: _same_dtype,
     aten.expand.default: _same,
     aten.reshape.default: _same,
     aten.view.default: _view,

@@ -91,9 +91,12 @@ class Application:
         return args, kwargs
 
 
+_TOPICS = "blocks joins picks views sums linear products reductions norms batch_norm attention"
+
+
 def _load() -> None:
     """Importing the handler modules registers them."""
-    for name in ("blocks", "joins", "views", "sums", "linear", "products", "reductions", "norms", "attention"):
+    for name in _TOPICS.split():
         importlib.import_module(f"passes.split_{name}")
 
 
