@@ -91,7 +91,7 @@ class Application:
         return args, kwargs
 
 
-_TOPICS = "blocks joins picks views sums linear products reductions norms batch_norm attention"
+_TOPICS = "blocks joins picks views sums linear addmm conv products einsum reductions norms batch_norm attention"
 
 
 def _load() -> None:

@@ -11,7 +11,8 @@ put side by side, so that each side has one contiguous block. Weight slices are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -25,6 +26,7 @@ from passes.split_scaled import Centred
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
+Emit = Callable[[Node, Node, Node | None], Node]
 
 
 @handles("aten.linear.default")
@@ -33,48 +35,46 @@ def linear(s: Splitter, app: Application) -> Form | None:
     x, weight, bias = app.form("input"), app.form("weight"), app["bias"]
     if not isinstance(weight, Whole) or weight.ndim != 2 or not (bias is None or isinstance(bias, Whole)):
         return None
-    if not _in_parts(x, x.ndim - 1):
+    if not in_parts(x, x.ndim - 1):
         return None
     return product(s, x, x.ndim - 1, weight.node, None if bias is None else bias.node, aten.linear.default)
 
 
-def _in_parts(x: Form, dim: int) -> bool:
+def in_parts(x: Form, dim: int) -> bool:
     """Whether a contraction over `dim` sees parts of x."""
     return isinstance(x, (Sum, Lazy)) or (isinstance(x, (Blocks, Scaled, Centred)) and x.dim == dim)
 
 
-@handles("aten.conv1d.default", "aten.conv2d.default")
-def pointwise_conv(s: Splitter, app: Application) -> Form | None:
-    """A convolution of kernel 1 is a linear map over the channels."""
-    x, weight, bias = app.form("input"), app.form("weight"), app["bias"]
-    rank = 3 if str(app.target) == "aten.conv1d.default" else 4
-    if not isinstance(weight, Whole) or not (bias is None or isinstance(bias, Whole)) or x.ndim != rank:
-        return None
-    if any(n != 1 for n in weight.shape[2:]) or app["groups"] != 1 or any(v != 1 for v in app["stride"]):
-        return None
-    if app["padding"] != [0] * (rank - 2) or not _in_parts(x, 1):
-        return None
-    return product(s, x, 1, weight.node, None if bias is None else bias.node, app.target)
+def product(
+    s: Splitter,
+    x: Form,
+    dim: int,
+    weight: Node,
+    bias: Node | None,
+    emit: Emit | OpOverload,
+    shape: tuple[Any, ...] | None = None,
+) -> Form | None:
+    """The linear map of x over `dim` by groups, if that pays.
 
-
-def product(s: Splitter, x: Form, dim: int, weight: Node, bias: Node | None, target: OpOverload) -> Form | None:
-    """The linear map of x over `dim` by groups, if that pays. weight: [N, K, ...]; `target(x, weight, bias)`."""
+    weight: [N, K, ...]; emit: an op on (x, weight, bias), or what builds it; shape: of the result, where it differs
+    from x in more than `dim`.
+    """
     if dtype_of(x) != weight.meta["val"].dtype:
         return None
     n, k = (int(v) for v in weight.meta["val"].shape[:2])
     atoms = joined(atoms_of(s, x, dim, Meets(tuple(range(k)), weight)))
-    inside = [a for a in atoms if dim == 1 and _factored(a, weight) is not None]
+    inside = [a for a in atoms if dim == 1 and shape is None and _factored(a, weight) is not None]
     groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
-    shape = with_size(x.shape, dim, n)
+    shape = shape or with_size(x.shape, dim, n)
     if not _pays(s, x, groups, inside, shape, n, k):
         return None
     terms: list[tuple[float, Form]] = []
     scaled: dict[Node, list[tuple[float, Form]]] = {}
     for group in groups:
         if group.factor is not None:
-            scaled.setdefault(group.factor, []).append((1.0, Whole(_multiply(s, group, dim - x.ndim, None, target))))
+            scaled.setdefault(group.factor, []).append((1.0, Whole(_multiply(s, group, dim - x.ndim, None, emit))))
         else:
-            terms.append((1.0, Whole(_multiply(s, group, dim - x.ndim, None if terms else bias, target))))
+            terms.append((1.0, Whole(_multiply(s, group, dim - x.ndim, None if terms else bias, emit))))
     if bias is not None and not terms:
         terms.append((1.0, Whole(s.builder.call(aten.reshape.default, bias, [n] + [1] * (len(shape) - 1 - dim)))))
     for factor, parts in scaled.items():
@@ -139,7 +139,7 @@ def _unit(side: Provenance) -> str:
     return "impression" if side is Provenance.IMPRESSION else "request"
 
 
-def _multiply(s: Splitter, group: Group, back: int, bias: Node | None, target: OpOverload) -> Node:
+def _multiply(s: Splitter, group: Group, back: int, bias: Node | None, emit: Emit | OpOverload) -> Node:
     """One product: operands side by side, their weights likewise."""
     merged = list(group.operands().items())
     dim = len(group.lead) + 1 + back
@@ -155,7 +155,9 @@ def _multiply(s: Splitter, group: Group, back: int, bias: Node | None, target: O
         w = s.builder.pick(weight, 1, [c for _, (atom,) in merged for c in atom.columns])
     else:
         w = s.builder.cat([_weight(s, atoms) for _, atoms in merged], 1)
-    return s.builder.call(target, x, w, *([] if bias is None else [bias]))
+    if isinstance(emit, OpOverload):
+        return s.builder.call(emit, x, w, *([] if bias is None else [bias]))
+    return emit(x, w, bias)
 
 
 def _weight(s: Splitter, atoms: Sequence[Atom]) -> Node:
@@ -167,19 +169,6 @@ def _weight(s: Splitter, atoms: Sequence[Atom]) -> Node:
     return s.builder.whole(Sum(terms, shape))
 
 
-@handles("aten.addmm.default")
-def addmm(s: Splitter, app: Application) -> Form | None:
-    """bias + x @ weight, as a linear map."""
-    x, y, bias = app.form("mat1"), app.form("mat2"), app.form("self")
-    plain = app["beta"] == 1 and app["alpha"] == 1
-    if not isinstance(x, (Blocks, Sum)) or not isinstance(y, Whole) or not isinstance(bias, Whole) or not plain:
-        return None
-    if bias.ndim != 1 or (isinstance(x, Blocks) and x.dim != 1):
-        return None
-    weight = s.builder.call(aten.t.default, y.node)
-    return product(s, x, 1, weight, bias.node, aten.linear.default)
-
-
 @handles("aten.mm.default", "aten.matmul.default")
 def matmul(s: Splitter, app: Application) -> Form | None:
     """x @ matrix is a linear map; other products are in `split_products`."""
@@ -187,7 +176,7 @@ def matmul(s: Splitter, app: Application) -> Form | None:
 
     x, y = app.form("self"), app.form("mat2" if str(app.target) == "aten.mm.default" else "other")
     matrix = isinstance(y, Whole) and y.ndim == 2 and all(is_static(v) for v in y.shape)
-    if x.ndim > 1 and _in_parts(x, x.ndim - 1) and matrix:
+    if x.ndim > 1 and in_parts(x, x.ndim - 1) and matrix:
         assert isinstance(y, Whole)
         return product(s, x, x.ndim - 1, s.builder.call(aten.t.default, y.node), None, aten.linear.default)
     return bilinear(s, app, x, y)
