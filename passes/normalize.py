@@ -26,7 +26,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.constant_masks import constant_masks
 from passes.functionalize import functionalize, is_effect, keeps, mutated
-from roo_rewrite.capture import BATCH, Captured
+from roo_rewrite.capture import Captured
+from roo_rewrite.guards import BATCH
 
 aten = torch.ops.aten
 AUTOCAST = "roo_autocast"

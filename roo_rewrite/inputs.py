@@ -310,7 +310,8 @@ def _leaf(
     kind, keeper = pairs.get(name, ("shared" if value.ndim == 0 else "dense", ""))
     given: Kind = kind if kind in ("offsets", "offsets_total") else "lengths"
     kept: Kind = "lengths" if kind in ("offsets", "offsets_total") else kind
-    return Dense(name, (Atom(name, sides[name], kept, keeper if kind == "values" else ""),), given)
+    side = Provenance.REQUEST if kind == "shared" else sides[name]  # of no row: it goes with the request part
+    return Dense(name, (Atom(name, side, kept, keeper if kind == "values" else ""),), given)
 
 
 def _keyed(name: str, kjt: Any, sides: dict[str, Provenance]) -> Keyed:
