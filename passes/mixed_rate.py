@@ -130,7 +130,10 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
-    """sum(x * y, dims) where nothing else reads the product and both have all dims. Dots of vectors stay: faster so."""
+    """sum(x * y, dims) where nothing else reads the product and both have all dims.
+
+    Dots of vectors stay, many of them too: nothing of one operand is read twice, and they are faster so.
+    """
     inner: Any = node.args[0]
     dims: Any = node.args[1]
     keepdim = len(node.args) > 2 and node.args[2]
@@ -149,7 +152,7 @@ def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
         return None
     names = ["".join(c for c, n in zip(letters, _shape(f)) if not (isinstance(n, int) and n == 1)) for f in (x, y)]
     sizes_one = [c for c, n in zip(letters, full) if isinstance(n, int) and n == 1]
-    if sizes_one:
+    if sizes_one or names[0] == names[1]:
         return None
     out = "".join(c for d, c in enumerate(letters) if d not in gone)
     return (names[0], names[1], out), x, y  # type: ignore[return-value]

@@ -115,7 +115,7 @@ def constant_value(s: Splitter, form: Form) -> list[int] | None:
     if not isinstance(form, Whole):
         return None
     value = evaluate(s.captured, form.node)
-    if value is None or value.ndim != 1 or value.dtype != torch.int64:
+    if value is None or value.ndim != 1 or value.dtype not in (torch.int64, torch.int32):
         return None
     return [int(v) for v in value]
 

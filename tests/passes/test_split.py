@@ -148,6 +148,9 @@ EQUAL = {
         1, keepdim=True
     ),
     "nothing but nothing": lambda m, u, x: torch.cat([u, x], 1)[:, []].sum(1),
+    "picked by 32 bit": lambda m, u, x: (
+        torch.cat([u, x], 1).index_select(1, torch.tensor([7, 0, 0, 5], dtype=torch.int32)) @ m.w
+    ),
     "reduced to nothing": lambda m, u, x: (torch.cat([u, x], 1) @ torch.cat([m.w, m.w])).sum(),
 }
 
