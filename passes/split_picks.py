@@ -30,6 +30,7 @@ from passes.forms import (
 )
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import pick_form
+from passes.split_reshaped import side_by_side
 
 aten = torch.ops.aten
 
@@ -99,7 +100,7 @@ def _padded(s: Splitter, x: Form, dim: int, before: int, after: int, value: floa
 
 @handles("aten.repeat.default", "aten.tile.default")
 def repeat(s: Splitter, app: Application) -> Form | None:
-    """Copies of dims of size 1 are an expand; of others they are picks."""
+    """Copies of dims of size 1 are an expand; of others they are picks, or an expand beside them (a view of one)."""
     x = app.form("self")
     repeats = app["repeats"] if "repeats" in app.named else app["dims"]
     if any(isinstance(r, Node) for r in repeats):
@@ -107,6 +108,8 @@ def repeat(s: Splitter, app: Application) -> Form | None:
     repeats = [1] * (x.ndim - len(repeats)) + list(repeats)
     while x.ndim < len(repeats):
         x = s.op(aten.unsqueeze.default, x, 0)
+    if isinstance(x, Whole) and any(r != 1 and not same_size(n, 1) for r, n in zip(repeats, x.shape)):
+        return side_by_side(s, x, repeats)
     return _copied(s, x, {d: [*range(hint(x.shape[d]))] * r for d, r in enumerate(repeats) if r != 1})
 
 
