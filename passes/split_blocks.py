@@ -243,9 +243,11 @@ def pick_form(s: Splitter, form: Form, dim: int, index: Sequence[int]) -> Form:
             kept = inner if hint(inner.shape[dim]) == 1 else pick_form(s, inner, dim, index)
             return Expanded(kept, with_size(shape, dim, len(index)))
         case Sum(terms, shape):
+            back = dim - len(shape)
+            broadcast_there = [t.ndim + back < 0 or same_size(t.shape[back], 1) for _, t in terms]
             picked = tuple(
-                (c, t if same_size(t.shape[dim - len(shape)], 1) else pick_form(s, t, t.ndim + dim - len(shape), index))
-                for c, t in terms
+                (c, t if wide else pick_form(s, t, t.ndim + back, index))
+                for (c, t), wide in zip(terms, broadcast_there)
             )
             return Sum(picked, with_size(shape, dim, len(index)))
         case Blocks(at, parts) if at != dim:
@@ -299,7 +301,7 @@ def placed(app: Application, marks: dict[int, int], size: int) -> Rows:
 
     args, kwargs = app.arguments(lambda v: v)
     try:
-        found = infer(make_call(app.target, args, kwargs, operand_of, size, ((),)))
+        found = infer(make_call(app.target, args, kwargs, operand_of, size, ()))
     except (IndexError, AssertionError, AttributeError) as e:
         raise NotRowWise(f"the rule needs the result's shape: {e}") from e
     if type(found) is not Rows or found.outer != 1:
