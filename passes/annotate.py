@@ -28,7 +28,7 @@ from torch.fx import Node
 
 import roo_rewrite.rules  # noqa: F401 - registers the rules
 from passes.functionalize import EFFECT
-from roo_rewrite.capture import BATCH, Captured
+from roo_rewrite.capture import Captured
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import (
     META,
@@ -45,6 +45,7 @@ from roo_rewrite.facts import (
     Size,
     annotation,
 )
+from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Atom, Inputs
 from roo_rewrite.kjt import Lookup
 from roo_rewrite.probing import probe

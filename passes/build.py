@@ -56,15 +56,18 @@ class Builder:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new row-wise call, with its traced value."""
         key = (target, _frozen(args), _frozen(kwargs))
-        if key in self.known:
-            return self.known[key]
+        if key not in self.known:
+            self.known[key] = self.again(target, *args, **kwargs)
+        return self.known[key]
+
+    def again(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """As `call`, for what has an effect: never the node of an equal call."""
         made = self.graph.call_function(target, args, kwargs)
         if self.origin is not None:
             made.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
         values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         made.meta["val"] = traced(target, *values)
         made.meta[PROVENANCE] = _join(made)
-        self.known[key] = made
         return made
 
     # -- carrying forms out

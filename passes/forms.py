@@ -6,6 +6,7 @@
     Sum(terms, shape)          a sum of terms (coefficient, form) that was never carried out
     Expanded(form, shape)      size 1 along some dims, repeated only in name
     Filled(value, shape)       one constant everywhere
+    Reshaped(form, shape)      a reshape that was never carried out
 
 A form stands for a tensor of the impression-level graph; `Builder.whole` carries it out.
 """
@@ -123,6 +124,35 @@ class Lazy(Deferred):
     @property
     def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
         return self.inner.shape
+
+    def carry(self) -> Node:
+        return self.how()
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(Deferred):
+    """`inner * by`, broadcast: `by` has size 1 along `dim`, or is a constant with entries along `dim` alone."""
+
+    inner: Form
+    by: Whole
+    dim: int
+    how: Callable[[], Node]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return self.inner.shape
+
+    def carry(self) -> Node:
+        return self.how()
+
+
+@dataclass(frozen=True, eq=False)
+class Reshaped(Deferred):
+    """`inner` as a row-major reshape to `shape`; `how` carries it out."""
+
+    inner: Form
+    shape: tuple[Any, ...]
+    how: Callable[[], Node]
 
     def carry(self) -> Node:
         return self.how()

@@ -27,8 +27,9 @@ from torch.fx import Graph, Node
 from passes.annotate import WEIGHTED
 from passes.functionalize import keeps
 from passes.partition import Partition
-from roo_rewrite.capture import BATCH, Captured
+from roo_rewrite.capture import Captured
 from roo_rewrite.facts import Lengths, Provenance, Ragged, Replicated, Rows, Size, annotation
+from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import jagged_broadcast, jagged_select, request_of
 from roo_rewrite.ops.norm import weighted_batch_norm

@@ -16,8 +16,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph
 
+from passes.fuse import fuse
 from passes.hoist import COUNTS, SIDE
-from passes.mixed_rate import mixed_rate
+from passes.mixed_rate import Layouts, mixed_rate
 from roo_rewrite.ops.broadcast import jagged_broadcast, request_of
 
 aten = torch.ops.aten
@@ -25,7 +26,9 @@ aten = torch.ops.aten
 
 def lower(graph: Graph) -> None:
     """Lowers the hoisted graph in place."""
-    mixed_rate(graph, next(n for n in graph.nodes if n.op == "placeholder" and n.name == COUNTS))
+    layouts = Layouts(graph, next(n for n in graph.nodes if n.op == "placeholder" and n.name == COUNTS))
+    mixed_rate(graph, layouts)
+    fuse(graph, layouts)
     for node in list(graph.nodes):
         if node.target is jagged_broadcast and node.args[3:] == (1, 1):
             x, rows, dim, *_ = node.args

@@ -28,9 +28,24 @@ SIDE = "roo_side"
 _LETTERS = "bcdefgh"
 
 
-def mixed_rate(graph: Graph, counts: Node) -> None:
+class Layouts:
+    """The layout of the impressions, made once where it is first asked for."""
+
+    def __init__(self, graph: Graph, counts: Node):
+        self.graph, self.counts = graph, counts
+        self.made: dict[Node, Node] = {}
+
+    def of(self, rows: Any) -> Node:
+        """The node of the layout of `rows`, the request of each impression."""
+        if rows not in self.made:
+            with self.graph.inserting_after(rows):
+                self.made[rows] = self.graph.call_function(jagged_layout, (self.counts, rows))
+            self.made[rows].meta[SIDE] = Provenance.IMPRESSION
+        return self.made[rows]
+
+
+def mixed_rate(graph: Graph, layouts: Layouts) -> None:
     """Rewrites the products of a hoisted graph in place."""
-    layout: Node | None = None
     for node in list(graph.nodes):
         if node.target is aten.scaled_dot_product_attention.default and is_broadcast(node.args[1]):
             _unfold_attention(graph, node)
@@ -42,12 +57,7 @@ def mixed_rate(graph: Graph, counts: Node) -> None:
         letters = equation.split("->")[0].split(",")[1]
         if not is_broadcast(y) or is_broadcast(x) or len(_shape(y)) != len(letters):
             continue
-        rows = y.args[1]
-        if layout is None:
-            assert isinstance(rows, Node)
-            with graph.inserting_after(rows):
-                layout = graph.call_function(jagged_layout, (counts, rows))
-            layout.meta[SIDE] = Provenance.IMPRESSION
+        layout = layouts.of(y.args[1])
         with graph.inserting_before(node):
             new = graph.call_function(jagged_einsum, (equation, _shaped(graph, x, equation), y.args[0], layout))
         _take_over(graph, node, _like(new, node))
@@ -120,7 +130,10 @@ def _shape(node: Any) -> tuple[Any, ...]:
 
 
 def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
-    """sum(x * y, dims) where nothing else reads the product and both have all dims. Dots of vectors stay: faster so."""
+    """sum(x * y, dims) where nothing else reads the product and both have all dims.
+
+    Dots of vectors stay, many of them too: nothing of one operand is read twice, and they are faster so.
+    """
     inner: Any = node.args[0]
     dims: Any = node.args[1]
     keepdim = len(node.args) > 2 and node.args[2]
@@ -139,7 +152,7 @@ def _summed(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
         return None
     names = ["".join(c for c, n in zip(letters, _shape(f)) if not (isinstance(n, int) and n == 1)) for f in (x, y)]
     sizes_one = [c for c, n in zip(letters, full) if isinstance(n, int) and n == 1]
-    if sizes_one:
+    if sizes_one or names[0] == names[1]:
         return None
     out = "".join(c for d, c in enumerate(letters) if d not in gone)
     return (names[0], names[1], out), x, y  # type: ignore[return-value]

@@ -26,7 +26,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.constant_masks import constant_masks
 from passes.functionalize import functionalize, is_effect, keeps, mutated
-from roo_rewrite.capture import BATCH, Captured
+from roo_rewrite.capture import Captured
+from roo_rewrite.guards import BATCH
 
 aten = torch.ops.aten
 AUTOCAST = "roo_autocast"
@@ -188,6 +189,19 @@ def _squeeze_dim(captured: Captured, node: Node) -> Node | None:
     return x if kept else None
 
 
+def _same_dtype(captured: Captured, node: Node) -> Node | None:
+    """A cast to the dtype and device it has."""
+    x = _first(captured, node)
+    a, b = x.meta["val"], node.meta["val"]
+    return x if a.dtype == b.dtype and a.device == b.device and not _copies(node) else None
+
+
+def _copies(node: Node) -> bool:
+    """Whether a cast is asked for a tensor of its own, or for a layout."""
+    options = {*node.kwargs.values(), *node.args[2:]}
+    return bool(options - {None, False})
+
+
 def _same(captured: Captured, node: Node) -> Node | None:
     """An expand or view to the very shape it has."""
     x = _first(captured, node)
@@ -216,6 +230,8 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze_dim,
     aten.alias.default: _first,
+    aten.to.dtype: _same_dtype,
+    aten.type_as.default: _same_dtype,
     aten.expand.default: _same,
     aten.reshape.default: _same,
     aten.view.default: _view,

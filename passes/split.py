@@ -28,7 +28,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from passes.build import Builder
-from passes.forms import Form, Whole
+from passes.forms import Form, Reshaped, Whole
 from passes.functionalize import EFFECT, is_effect
 from passes.normalize import AUTOCAST
 from passes.price import Candidate, Price
@@ -91,9 +91,12 @@ class Application:
         return args, kwargs
 
 
+_TOPICS = "blocks joins picks views sums linear addmm conv products einsum reductions norms batch_norm attention"
+
+
 def _load() -> None:
     """Importing the handler modules registers them."""
-    for name in ("blocks", "joins", "views", "sums", "linear", "products", "reductions", "norms", "attention"):
+    for name in _TOPICS.split():
         importlib.import_module(f"passes.split_{name}")
 
 
@@ -175,8 +178,9 @@ class Splitter:
         if plain and str(node.target) not in HANDLERS:
             return None
         application = self._application(node)
+        lifted, application = self._past_views(application)
         handler = HANDLERS.get(str(node.target))
-        result = handler(self, application) if handler is not None else None
+        result = handler(self, application) if handler is not None and lifted is None else lifted
         return result if result is not None or plain else self.blockwise(application)
 
     def _application(self, node: Node) -> Application:
@@ -193,12 +197,24 @@ class Splitter:
             named[argument.name] = convert(value)
         return Application(node.target, named)
 
+    def _past_views(self, app: Application) -> tuple[Form | None, Application]:
+        """The result of an op below the views of its operands, or the op on what these views give."""
+        from passes.split_reshaped import settled, through
+        from passes.split_views import VIEWS, to_shape
+
+        values = [v for value in app.named.values() for v in (value if isinstance(value, list) else [value])]
+        if str(app.target) in VIEWS or not any(isinstance(v, Reshaped) for v in values):
+            return None, app
+        lifted = through(self, app)
+        return lifted, settled(app, lambda form, shape: to_shape(self, form, shape)) if lifted is None else app
+
     # -- for handlers
 
     def apply(self, application: Application) -> Form:
         """The op on these forms, in the best form known. One tensor out."""
+        lifted, application = self._past_views(application)
         handler = HANDLERS.get(str(application.target))
-        result = handler(self, application) if handler is not None else None
+        result = handler(self, application) if handler is not None and lifted is None else lifted
         if result is None:
             result = self.blockwise(application)
         if result is None:

@@ -160,14 +160,6 @@ def added_mask(s: Splitter, app: Application) -> Form | None:
     return Banned(s, x, app, highest) if highest <= LOW else None
 
 
-@handles("aten.baddbmm.default")
-def baddbmm(s: Splitter, app: Application) -> Form | None:
-    """A product plus a mask."""
-    if app["beta"] != 1 or app["alpha"] != 1 or not isinstance(app["batch2"], Blocks):
-        return None
-    return s.op(aten.add.Tensor, s.op(aten.bmm.default, app["batch1"], app["batch2"]), app["self"])
-
-
 # -- the fused op
 
 

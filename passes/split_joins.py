@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -114,7 +115,7 @@ def constant_value(s: Splitter, form: Form) -> list[int] | None:
     if not isinstance(form, Whole):
         return None
     value = evaluate(s.captured, form.node)
-    if value is None or value.ndim != 1 or value.dtype != torch.int64:
+    if value is None or value.ndim != 1 or value.dtype not in (torch.int64, torch.int32):
         return None
     return [int(v) for v in value]
 
@@ -129,7 +130,13 @@ def unbind(s: Splitter, app: Application) -> list[Form] | None:
     return [s.op(aten.squeeze.dim, pick_form(s, x, dim, [i]), dim) for i in range(x.shape[dim])]
 
 
-@handles("aten.split.Tensor", "aten.split_with_sizes.default", "aten.split.sizes", "aten.chunk.default")
+@handles(
+    "aten.split.Tensor",
+    "aten.split_with_sizes.default",
+    "aten.split.sizes",
+    "aten.chunk.default",
+    "aten.tensor_split.sections",
+)
 def split_parts(s: Splitter, app: Application) -> list[Form] | None:
     """Ranges of a dim of parts."""
     x = app.form("self")
@@ -138,7 +145,10 @@ def split_parts(s: Splitter, app: Application) -> list[Form] | None:
         return None
     total = x.shape[dim]
     name = str(app.target)
-    if name == "aten.chunk.default":
+    if name == "aten.tensor_split.sections":
+        each, more = divmod(total, app["sections"])
+        size: Any = [each + (i < more) for i in range(app["sections"])]
+    elif name == "aten.chunk.default":
         size = math.ceil(total / app["chunks"])
     else:
         size = app.named.get("split_size", app.named.get("split_sizes"))
@@ -173,16 +183,3 @@ def expand_as(s: Splitter, app: Application) -> Form | None:
     if not grown or any(not is_static(shape[d]) for d in grown):
         return None
     return Expanded(x.form if isinstance(x, Expanded) else x, shape)
-
-
-@handles("aten.repeat.default")
-def repeat(s: Splitter, app: Application) -> Form | None:
-    """Copies of dims of size 1 are an expand."""
-    x, repeats = app.form("self"), app["repeats"]
-    if any(isinstance(r, Node) for r in repeats) or len(repeats) < x.ndim:
-        return None
-    while x.ndim < len(repeats):
-        x = s.op(aten.unsqueeze.default, x, 0)
-    if any(r != 1 and not (is_static(n) and n == 1) for r, n in zip(repeats, x.shape)):
-        return None
-    return Expanded(x, tuple(r if r != 1 else n for r, n in zip(repeats, x.shape)))

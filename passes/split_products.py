@@ -39,7 +39,7 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
     x, y = _simple(s, x), _simple(s, y)
     mark = len(s.price.candidates)
     made = _contract(s, x, y, letters, emit)
-    if made is None or not _moves(made):
+    if made is None or not moves(made):
         del s.price.candidates[mark:]
         return None
     return made
@@ -63,11 +63,11 @@ def _simple(s: Splitter, form: Form) -> Form:
     return form if isinstance(form, (Blocks, Expanded, Whole, Filled)) else Whole(s.builder.whole(form))
 
 
-def _moves(form: Form) -> bool:
+def moves(form: Form) -> bool:
     """Whether some piece depends on the request alone."""
     parts = form.parts if isinstance(form, Blocks) else [t for _, t in form.terms] if isinstance(form, Sum) else [form]
     if isinstance(form, (Blocks, Sum)):
-        return any(_moves(p) for p in parts)
+        return any(moves(p) for p in parts)
     if isinstance(form, Expanded):
         return True
     return provenance(form) is not Provenance.IMPRESSION
@@ -106,7 +106,8 @@ def _contract(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], emit
     if cut is None:
         x, y = (Whole(s.builder.whole(f)) for f in (x, y))
         return emit(x, y)
-    if cut not in letters[2] and isinstance(x, Blocks) != isinstance(y, Blocks):
+    nested = any(isinstance(p, Blocks) for f in (x, y) if isinstance(f, Blocks) for p in f.parts)
+    if cut not in letters[2] and isinstance(x, Blocks) != isinstance(y, Blocks) and not nested:
         return _by_side(s, x, y, letters, cut, emit)
     sizes = refined([f.sizes for f, names in zip((x, y), letters) if isinstance(f, Blocks) and names[f.dim] == cut])
     parts, start = [], 0
@@ -176,12 +177,3 @@ def _filled(x: Form, y: Form, letters: tuple[str, str, str]) -> Form | None:
 def bmm(s: Splitter, app: Application) -> Form | None:
     """A batch of products of blocks."""
     return bilinear(s, app, app.form("self"), app.form("mat2"))
-
-
-@handles("aten.einsum.default")
-def einsum(s: Splitter, app: Application) -> Form | None:
-    """An einsum of two operands."""
-    tensors = app["tensors"]
-    if len(tensors) != 2:
-        return None
-    return bilinear(s, app, tensors[0], tensors[1])

@@ -14,6 +14,7 @@ import torch
 from passes.forms import Blocks, Expanded, Form, Sum, dtype_of, provenance, same_size
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import broadcast
+from passes.split_scaled import Squared, sum_of_squares
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -26,6 +27,10 @@ def total(s: Splitter, app: Application) -> Form | None:
     dims = _dims(app, x)
     if dims is None or app.named.get("dtype") not in (None, dtype_of(x)):
         return None
+    if isinstance(x, Squared) and dims == [x.inner.dim]:
+        weight = 1.0 / int(x.shape[dims[0]]) if str(app.target).startswith("aten.mean") else 1.0
+        made = sum_of_squares(s, x.inner, weight)
+        return made if app["keepdim"] else s.op(aten.squeeze.dim, made, dims[0])
     if isinstance(x, Sum):
         return _of_terms(s, app, x, dims)
     if not isinstance(x, Blocks) or x.dim not in dims or not dtype_of(x).is_floating_point:

@@ -25,6 +25,8 @@ from passes.split import Application, Splitter, handles
 from passes.split_attention import added_mask
 from passes.split_blocks import blockwise, broadcast
 from passes.split_outer import outer
+from passes.split_scaled import centred
+from passes.split_scaled import scaled as scaled_rows
 from roo_rewrite.errors import NotRowWise
 
 aten = torch.ops.aten
@@ -43,6 +45,9 @@ def add(s: Splitter, app: Application) -> Form | None:
         return None
     if dtype_of(left) != dtype_of(right) or not dtype_of(left).is_floating_point:
         return None
+    less = centred(s, app)
+    if less is not None:
+        return less
     if any(isinstance(f, Blocks) for f in (left, right)):
         return _blocks(s, app)
     banned = added_mask(s, app) if str(app.target) == "aten.add.Tensor" else None
@@ -92,7 +97,8 @@ def multiply(s: Splitter, app: Application) -> Form | None:
     x, y = app["self"], app["other"]
     if isinstance(x, Sum) and isinstance(y, (int, float)) and not isinstance(y, bool) and _finite(y):
         return scaled(x, float(y) if str(app.target).startswith("aten.mul") else 1.0 / float(y))
-    return outer(s, app) if str(app.target) == "aten.mul.Tensor" else None
+    rows = scaled_rows(s, app)
+    return outer(s, app) if rows is None and str(app.target) == "aten.mul.Tensor" else rows
 
 
 def _finite(factor: float) -> bool:

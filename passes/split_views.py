@@ -13,16 +13,33 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.forms import Blocks, Expanded, Form, Lazy, Picked, Sum, Whole, hint, is_static, same_size, with_size
+from passes.forms import (
+    Blocks,
+    Expanded,
+    Form,
+    Lazy,
+    Picked,
+    Reshaped,
+    Sum,
+    Whole,
+    hint,
+    is_static,
+    same_size,
+    with_size,
+)
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import pick_form
 from passes.split_joins import constant_value
+from passes.split_reshaped import kept_apart, later_view
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Rows
 from roo_rewrite.rules.families import reshaped
 from roo_rewrite.rules.registry import Operand
 
 aten = torch.ops.aten
+
+
+VIEWS = ("aten.view.default", "aten.reshape.default", "aten.flatten.using_ints", "aten.unflatten.int")
 
 
 @handles("aten.view.default", "aten.reshape.default")
@@ -34,7 +51,7 @@ def reshape(s: Splitter, app: Application) -> Form | None:
     sizes = [
         v.meta["val"] if isinstance(v, Node) else v for v in (app["size"] if "size" in app.named else app["shape"])
     ]
-    return to_shape(s, x, _filled_in(x.shape, sizes))
+    return _kept(s, x, _filled_in(x.shape, sizes))
 
 
 @handles("aten.flatten.using_ints")
@@ -45,7 +62,12 @@ def flatten(s: Splitter, app: Application) -> Form | None:
     if isinstance(x, Whole) or x.ndim == 0:
         return None
     merged = _product(x.shape[first : last + 1])
-    return to_shape(s, x, (*x.shape[:first], merged, *x.shape[last + 1 :]))
+    return _kept(s, x, (*x.shape[:first], merged, *x.shape[last + 1 :]))
+
+
+def _kept(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None:
+    """A reshape, not carried out where it merges the batch with dims that are cut or expanded."""
+    return later_view(s, x, shape) if kept_apart(x, shape) else to_shape(s, x, shape)
 
 
 @handles("aten.unflatten.int")
@@ -96,6 +118,8 @@ def to_shape(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None:
         return _blocks(s, x, shape)
     if isinstance(x, Expanded):
         return _expanded(s, x, shape)
+    if isinstance(x, Reshaped):
+        return later_view(s, x.inner, shape) if kept_apart(x.inner, shape) else to_shape(s, x.inner, shape)
     if isinstance(x, Lazy):
         inner = to_shape(s, x.inner, shape)
         if inner is None:

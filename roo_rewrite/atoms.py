@@ -204,6 +204,10 @@ class Keyed(Leaf):
             parts += [piece.pop(0) for _ in range(self._step)]
         return parts
 
+    def from_side(self, value: Any, side: Provenance) -> list[Tensor]:
+        wanted = [self.keys[i] for i in self._side(side)]
+        return self._split(value) if is_kjt(value) and list(value.keys()) == wanted else super().from_side(value, side)
+
     def to_request(self, atoms: Sequence[Tensor]) -> Any:
         if len(set(self.sides)) == 1:
             return self.to_impression(atoms)

@@ -1,16 +1,20 @@
-"""What a call of a RequestModel must look like: its counts, and the kinds of its tensors."""
+"""What a call of a RequestModel must look like: its counts, the kinds of its tensors; and what it is made under."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
+
+Setting = tuple[str, str]
+Watched = tuple[nn.Module, tuple[str, ...], Callable[[dict[str, Any]], Any]]
 
 
 def check_batch(inputs: Inputs, atoms: Sequence[Tensor], counts: Any) -> int:
@@ -86,6 +90,24 @@ def expanded_example(inputs: Inputs, atoms: Sequence[Tensor], counts: Tensor, ro
 def ambient() -> tuple[Any, ...]:
     """What of the surroundings a trace depends on: autocast."""
     return tuple(torch.get_autocast_dtype(d) if torch.is_autocast_enabled(d) else None for d in ("cpu", "cuda"))
+
+
+def watched(model: nn.Module, settings: Sequence[Setting]) -> list[Watched]:
+    """Every module with those of its attributes that a program depends on: its mode and its settings, by path."""
+    keys = {path: ["training"] for path, _ in model.named_modules()}
+    for path, key in settings:
+        keys[path].append(key)
+    return [(model.get_submodule(path), tuple(found), itemgetter(*found)) for path, found in keys.items()]
+
+
+def state(modules: Sequence[Watched]) -> tuple[Any, ...]:
+    """The watched attributes as they are now, and the precision of the model."""
+    floating = (p for m, _, _ in modules for p in m._parameters.values() if p is not None and p.is_floating_point())
+    dtype = next((p.dtype for p in floating), None)
+    try:
+        return dtype, tuple([read(m.__dict__) for m, _, read in modules])
+    except KeyError:  # one was deleted since
+        return dtype, tuple([m.__dict__.get(k) for m, keys, _ in modules for k in keys])
 
 
 def hashable(statics: Sequence[Any]) -> Any:

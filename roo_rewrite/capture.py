@@ -9,6 +9,7 @@ which also follows `len(x)`, `int(x.size(0))` and NumPy. What the trace took for
 from __future__ import annotations
 
 import contextlib
+import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from torch.utils import _pytree as pytree
 from roo_rewrite.adapter import Adapter, rehearsed
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
+from roo_rewrite.guards import BATCH, Guards
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
@@ -40,7 +42,6 @@ from roo_rewrite.tracing import (
     symbolic_len,
 )
 
-BATCH = sympy.Symbol("B", integer=True, positive=True)
 _BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
 
 
@@ -62,7 +63,7 @@ class Captured:
     out_values: list[Any]
     batch: int
     symbols: dict[sympy.Symbol, sympy.Expr]
-    accepts: Callable[[int], bool]
+    accepts: Guards
     sites: list[LeafSite] = field(default_factory=list)
     leaves: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
@@ -198,7 +199,7 @@ def _export(
         out_values, out_tree = adapter.returned
     graph, constants = _unlifted(program)
     symbols = _batch_symbols(program, inputs, graph)
-    accepts = _acceptance(program, symbols, example, batch)
+    accepts = Guards.of(program, symbols, example, batch)
     return Captured(
         model,
         graph,
@@ -281,6 +282,7 @@ def _acceptance(
     codes = [compile(code, "<guard>", "eval") for code in getattr(program, "_guards_code", [])]
     fixed = [tuple(t.shape) for t in example]
 
+    @functools.lru_cache(4096)
     def accepts(n: int) -> bool:
         # The trace never sees 0 or 1 rows; those are judged by running both, in `pipeline`.
         for expr, lower, upper in ranges:

@@ -7,7 +7,7 @@ rows on the request side; packed columns and KeyedJaggedTensors become a pair (r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -59,13 +59,30 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Inputs:
-    """The calling convention of one model: its leaves in order and the tree they came from."""
+    """The calling convention of one model: its leaves in order and the tree they came from.
+
+    atoms: all of them, in the order of the flattened call.
+    """
 
     spec: FeatureSpec
     tree: pytree.TreeSpec
     leaves: tuple[Leaf, ...]
     paths: tuple[Path, ...]
     parameters: Parameters
+    atoms: tuple[Atom, ...] = field(init=False, compare=False)
+    _keepers: dict[Provenance, tuple[tuple[int, Atom], ...]] = field(init=False, compare=False, repr=False)
+    _offsets: dict[str, Kind] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # Every call asks for these.
+        atoms = tuple(a for leaf in self.leaves for a in leaf.atoms)
+        rowed = [(i, a) for i, a in enumerate(atoms) if has_rows(a)]
+        given = {leaf.name: leaf.given for leaf in self.leaves if isinstance(leaf, Dense)}
+        object.__setattr__(self, "atoms", atoms)
+        object.__setattr__(
+            self, "_keepers", {side: tuple((i, a) for i, a in rowed if a.provenance is side) for side in Provenance}
+        )
+        object.__setattr__(self, "_offsets", {n: k for n, k in given.items() if k != "lengths"})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
         # Immutable; torch warns of copies of its tree specs.
@@ -75,11 +92,6 @@ class Inputs:
         # A tree spec does not pickle without a warning; a tree of that structure does.
         skeleton = pytree.tree_unflatten(list(range(len(self.leaves))), self.tree)
         return _of_skeleton, (self.spec, skeleton, self.leaves, self.paths, self.parameters)
-
-    @property
-    def atoms(self) -> tuple[Atom, ...]:
-        """All atoms, in the order of the flattened call."""
-        return tuple(a for leaf in self.leaves for a in leaf.atoms)
 
     def flatten(
         self, args: Sequence[Any], kwargs: Mapping[str, Any], level: Provenance
@@ -92,24 +104,27 @@ class Inputs:
         seen = 0
         for leaf, path in zip(self.leaves, self.paths):
             value = follow(given, path, leaf.name)
-            seen += len(pytree.tree_leaves(value, is_leaf=is_kjt))
+            if type(leaf) is Dense and isinstance(value, Tensor):  # nearly all
+                atoms.append(value)
+                seen += 1
+                continue
+            seen += _leaf_count(value)
             if isinstance(leaf, Static):
                 statics.append(leaf.checked(value))
             else:
                 atoms += leaf.from_request(value) if request else leaf.from_impression(value)
-        held = len(pytree.tree_leaves(given, is_leaf=is_kjt))
+        held = sum(_leaf_count(value) for value in given.values())
         if held != seen:
             raise InputError(f"the call holds {held - seen} values that the example does not have; rewrite with them")
         return self._lengths(atoms, self.atoms), statics
 
     def _lengths(self, tensors: list[Tensor], atoms: Sequence[Atom]) -> list[Tensor]:
         """The tensors of `atoms`, offsets turned into the lengths they stand for."""
-        given = {leaf.name: leaf.given for leaf in self.leaves if isinstance(leaf, Dense)}
+        if not self._offsets:
+            return tensors
         values = {a.rows_in: t for a, t in zip(atoms, tensors) if a.kind == "values"}
         return [
-            lengths_of(replace(a, kind=given[a.name]), t, values[a.name])
-            if given.get(a.name, "lengths") != "lengths"
-            else t
+            lengths_of(replace(a, kind=self._offsets[a.name]), t, values[a.name]) if a.name in self._offsets else t
             for a, t in zip(atoms, tensors)
         ]
 
@@ -148,10 +163,11 @@ class Inputs:
 
     def rows(self, atoms: Sequence[Tensor], side: Provenance) -> int | None:
         """How many rows the atoms of `side` have; None where there are none. Raises InputError if they disagree."""
-        counts = {a.name: atoms_rows(a, t) for a, t in zip(self.atoms, atoms) if a.provenance is side and has_rows(a)}
-        if len(set(counts.values())) > 1:
+        found = {atoms_rows(a, atoms[i]) for i, a in self._keepers[side]}
+        if len(found) > 1:
+            counts = {a.name: atoms_rows(a, atoms[i]) for i, a in self._keepers[side]}
             raise InputError(f"{side.name.lower()} inputs must have the same number of rows, got {counts}")
-        return next(iter(counts.values()), None)
+        return next(iter(found), None)
 
     def select(self, atoms: Sequence[Tensor], rows: Tensor, sides: Sequence[Provenance]) -> list[Tensor]:
         """Rows `rows` of every atom of `sides`; the others as they are. The slow, plain gather."""
@@ -178,6 +194,10 @@ class Inputs:
 
 def _of_skeleton(spec: FeatureSpec, skeleton: Any, *rest: Any) -> Inputs:
     return Inputs(spec, pytree.tree_structure(skeleton), *rest)
+
+
+def _leaf_count(value: Any) -> int:
+    return 1 if isinstance(value, Tensor) else len(pytree.tree_leaves(value, is_leaf=is_kjt))
 
 
 def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -290,7 +310,8 @@ def _leaf(
     kind, keeper = pairs.get(name, ("shared" if value.ndim == 0 else "dense", ""))
     given: Kind = kind if kind in ("offsets", "offsets_total") else "lengths"
     kept: Kind = "lengths" if kind in ("offsets", "offsets_total") else kind
-    return Dense(name, (Atom(name, sides[name], kept, keeper if kind == "values" else ""),), given)
+    side = Provenance.REQUEST if kind == "shared" else sides[name]  # of no row: it goes with the request part
+    return Dense(name, (Atom(name, side, kept, keeper if kind == "values" else ""),), given)
 
 
 def _keyed(name: str, kjt: Any, sides: dict[str, Provenance]) -> Keyed:

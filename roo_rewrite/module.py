@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roo_rewrite import parts
+from roo_rewrite.atoms import has_rows
 from roo_rewrite.calls import (
+    Setting,
+    Watched,
     ambient,
     check_batch,
-    check_counts,
     check_dims,
     expanded_example,
     hashable,
     kind,
     like,
+    state,
+    watched,
     without_empty,
 )
 from roo_rewrite.facts import Provenance
@@ -29,9 +34,9 @@ from roo_rewrite.purity import kept
 from roo_rewrite.report import Report
 
 Build = Callable[["RequestModel", Sequence[Tensor], Sequence[Any], str], Program]
-Setting = tuple[str, str]
 _MAX_PROGRAMS = 16
 _EXAMPLE_ROWS = 64
+_ORIGINAL = Program(None, None)
 _SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
@@ -50,8 +55,8 @@ class RequestModel(nn.Module):
     _build: Build
     _programs: dict[Any, Program]
     _current: dict[bool, Program]
-    _members: list[nn.Module]
-    _settings: tuple[list[Setting], list[tuple[nn.Module, str]]]
+    _settings: list[Setting]
+    _watched: list[Watched]
     _roo: nn.Module
 
     def __init__(
@@ -76,9 +81,8 @@ class RequestModel(nn.Module):
         self.__dict__["_build"] = build
         self.__dict__["_programs"] = dict[Any, Program]()
         self.__dict__["_current"] = dict[bool, Program]()
-        self.__dict__["_members"] = list(original.modules())
-        known = [(original.get_submodule(path), key) for path, key in settings]
-        self.__dict__["_settings"] = (list(settings), known)
+        self.__dict__["_settings"] = list(settings)
+        self.__dict__["_watched"] = watched(original, settings)
         self.add_module("_roo", nn.Module())
         self._program(example, statics)
 
@@ -107,7 +111,7 @@ class RequestModel(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Programs hold functions and traces; they are built again where the model is loaded.
         example, statics = self._example
-        return RequestModel, (self._original, self._inputs, example, statics, self._build, self._settings[0])
+        return RequestModel, (self._original, self._inputs, example, statics, self._build, self._settings)
 
     # -- running
 
@@ -117,7 +121,7 @@ class RequestModel(nn.Module):
         atoms, statics = self._inputs.flatten(args, kwargs, Provenance.REQUEST)
         counts: Any = num_impressions
         if torch.compiler.is_compiling():
-            program = self._current[self.training]
+            program = self._inlined(atoms, statics)
         else:
             rows = check_batch(self._inputs, atoms, counts)
             counts = counts.to(torch.long)
@@ -135,11 +139,7 @@ class RequestModel(nn.Module):
         Takes the full arguments of a call, or those of the request side alone. `num_impressions` is
         needed only in training, where batch norm counts impressions.
         """
-        emitted = self._whole_program().emitted
-        atoms = self._inputs.flatten_side(args, kwargs, Provenance.REQUEST)
-        if emitted is None:
-            return {a.name: t for a, t in zip(self._side(Provenance.REQUEST), atoms)}
-        return dict(zip(emitted.residuals, emitted.request(self, *atoms, num_impressions)))
+        return parts.request_part(self, num_impressions, args, kwargs)
 
     def impression_part(
         self, user: dict[str, Tensor], *args: Any, num_impressions: Tensor | None = None, **kwargs: Any
@@ -148,21 +148,7 @@ class RequestModel(nn.Module):
 
         Without `num_impressions` all impressions belong to one request.
         """
-        program = self._whole_program()
-        atoms = self._inputs.flatten_side(args, kwargs, Provenance.IMPRESSION)
-        rows = next((int(t.shape[0]) for a, t in zip(self._side(Provenance.IMPRESSION), atoms) if a.kind == "dense"), 0)
-        counts = torch.tensor([rows]) if num_impressions is None else num_impressions.to(torch.long)
-        if program.emitted is None or program.captured is None:
-            stocks = {Provenance.REQUEST: iter(user.values()), Provenance.IMPRESSION: iter(atoms)}
-            whole = [next(stocks[a.provenance]) for a in self._inputs.atoms]
-            return self._broadcast_first(whole, self._example[1], counts)
-        if atoms:
-            check_counts(counts, len(counts), rows)
-        outputs = program.emitted.impression(self, *(user[n] for n in program.emitted.residuals), *atoms, counts)
-        return program.captured.returned(outputs)
-
-    def _side(self, side: Provenance) -> list[Any]:
-        return [a for a in self._inputs.atoms if a.provenance is side]
+        return parts.impression_part(self, user, num_impressions, args, kwargs)
 
     @property
     def shares_masks(self) -> bool:
@@ -175,7 +161,8 @@ class RequestModel(nn.Module):
     def _broadcast_first(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor) -> Any:
         """F(E(U), x): the original on broadcast inputs. Correct for every model, and saves nothing."""
         self._original._modules.update({n: m for n, m in self._modules.items() if n != "_roo"})
-        rows = request_of(counts, int(counts.sum()))
+        total = self._impressions(atoms)
+        rows = request_of(counts, int(counts.sum()) if total is None else total)
         expanded = self._inputs.select(atoms, rows, (Provenance.REQUEST,))
         args, kwargs = self._inputs.unflatten(expanded, Provenance.IMPRESSION, statics)
         return self._original(*args, **kwargs)
@@ -184,16 +171,38 @@ class RequestModel(nn.Module):
 
     def _program(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor | None = None) -> Program:
         """The program for this mode, these settings and these kinds of input, built on demand."""
-        modes = tuple(m.training for m in self._members)
-        settings = tuple(m.__dict__.get(k) for m, k in self._settings[1])
-        kinds = tuple(kind(t) for t in atoms)
-        key = (self.training, modes, settings, _dtype(self), kinds, hashable(statics), ambient())
+        mode, kinds = self._mode(), tuple([kind(t) for t in atoms])
+        key = (mode, kinds, hashable(statics))
         found = self._programs.get(key)
         if found is None or not found.holds(self):
             found = self._new_program(atoms, statics, counts)
+            found.mode, found.kinds, found.statics = mode, kinds, tuple(statics)
             self._programs[key] = found
         self._current[self.training] = found
         return found
+
+    def _mode(self) -> Any:
+        """The state of the model that a program is specialised to."""
+        return (self.training, state(self._watched), ambient())
+
+    def _inlined(self, atoms: Sequence[Tensor], statics: Sequence[Any]) -> Program:
+        """The program to inline while compiling: a known one for such inputs and any batch size, or the original."""
+        program = self._current[self.training]
+        for known, given in zip(program.kinds, atoms):
+            if known != kind(given):
+                return _ORIGINAL
+        rows = self._impressions(atoms)
+        few = rows is not None and rows < 2 and not (program.single if rows else program.empty)
+        if few or not program.always or list(program.statics) != list(statics):
+            return _ORIGINAL
+        return program
+
+    def _impressions(self, atoms: Sequence[Tensor]) -> int | None:
+        """I as an impression input tells it, known without looking at the counts."""
+        for atom, tensor in zip(self._inputs.atoms, atoms):
+            if atom.provenance is Provenance.IMPRESSION and has_rows(atom):
+                return tensor.shape[0]
+        return None
 
     def _new_program(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor | None) -> Program:
         if len(self._programs) >= _MAX_PROGRAMS:
@@ -244,7 +253,3 @@ def _signed(original: nn.Module) -> type[RequestModel]:
     parameters = [own.parameters["self"], *(p for p in given if p not in rest), counts, *rest]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return type("RequestModel", (RequestModel,), {"forward": forward, "__module__": __name__})
-
-
-def _dtype(module: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in module.parameters() if p.is_floating_point()), None)

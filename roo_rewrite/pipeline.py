@@ -165,7 +165,9 @@ def _build(
             return replace(plainer, notes=(*plainer.notes, f"nothing was split, the result failed its check: {found}"))
         return Program(None, None, notes=(f"the rewritten model failed its check and is not used: {found}",))
     model._roo.add_module(name, holder(model, captured))
-    return replace(program, empty=not trial.fails_empty(example), notes=tuple(captured.notes))
+    return replace(
+        program, empty=not trial.fails_empty(example), single=trial.same_on_one(example), notes=tuple(captured.notes)
+    )
 
 
 def _split(captured: Captured, options: Options) -> Sequence[Any]:

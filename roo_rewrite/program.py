@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from roo_rewrite.capture import Captured
 from roo_rewrite.emit import Emitted
+from roo_rewrite.facts import META, Provenance, Rows
+from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import LeafSite
 
 _CHEAP = 1 << 16
@@ -34,7 +38,8 @@ class Program:
 
     captured, emitted: None where nothing could be proved: then the original runs on the broadcast inputs.
     empty: whether it may run on an empty batch, because the original cannot.
-    plan: the analysis behind it, for the report.
+    plan: the analysis behind it, for the report. single: whether it may stand for the original on one impression.
+    mode, kinds, statics: the state of the model, the kinds of tensors and the plain values it was built for.
     """
 
     captured: Captured | None
@@ -44,6 +49,10 @@ class Program:
     notes: tuple[str, ...] = ()
     candidates: tuple[Any, ...] = ()
     seen: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
+    single: bool = False
+    mode: Any = None
+    kinds: tuple[Any, ...] = ()
+    statics: tuple[Any, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
         # Immutable once built, and the graph's traced values cannot be copied.
@@ -75,6 +84,44 @@ class Program:
         if self.captured is None or impressions == 1 or (impressions == 0 and not self.empty):
             return False
         return self.captured.accepts(impressions) if impressions else True
+
+    @property
+    def always(self) -> bool:
+        """Whether the emitted functions hold for any number of impressions from two on."""
+        return self.captured is not None and self.captured.accepts.always
+
+    def names(self, inputs: Inputs) -> tuple[str, ...]:
+        """The names of what crosses: of the request's atoms where nothing could be proved."""
+        if self.emitted is not None:
+            return self.emitted.residuals
+        return tuple(a.name for a in inputs.atoms if a.provenance is Provenance.REQUEST)
+
+    def serves(self, impressions: int) -> bool:
+        """As `accepts`, where the original can no longer be asked: its request inputs are gone."""
+        if impressions < 2 or self.captured is None:
+            return self.single or not impressions
+        return self.captured.accepts(impressions)
+
+    @functools.cached_property
+    def crossing(self) -> dict[str, tuple[int | None, ...]]:
+        """The shape of each value that crosses, by name: None for the rows of its first dim, -1 for any size."""
+        nodes = {} if self.emitted is None else {n.name: n for n in self.emitted.graph.nodes}
+        found = {}
+        for name in () if self.emitted is None else self.emitted.residuals:
+            known: Any = nodes[name].meta.get(META)
+            shape = [s if isinstance(s, int) else -1 for s in nodes[name].meta["val"].shape]
+            rows = known is not None and known.batching in (Rows(0),)
+            found[name] = tuple(None if rows and not dim else s for dim, s in enumerate(shape))
+        return found
+
+    def alike(self, values: Mapping[str, Tensor]) -> bool:
+        """Whether tensors by name may be those that cross in this program."""
+        return self.emitted is None or all(
+            n in values
+            and values[n].ndim == len(shape)
+            and all(s in (None, -1, t) for s, t in zip(shape, values[n].shape))
+            for n, shape in self.crossing.items()
+        )
 
 
 def holder(root: nn.Module, captured: Captured) -> nn.Module:

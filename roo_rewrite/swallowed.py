@@ -63,7 +63,7 @@ class Watched:
         return self._within
 
     def _within(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "exception":
+        if event == "exception" and arg[0] is not GeneratorExit:  # that is a generator left early, as by any()
             self.raised.add((frame.f_code.co_filename, frame.f_lineno, arg[0].__name__))
         return self._within
 

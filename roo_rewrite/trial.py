@@ -89,6 +89,15 @@ class Trial:
                 return False
         return True
 
+    def same_on_one(self, example: Sequence[Tensor]) -> bool:
+        """Whether one impression gives the original's numbers, which the trace, that never saw one, may not."""
+        batch = draw_batch(self.inputs, example, [1], torch.Generator().manual_seed(1))
+        with random_kept(), torch.no_grad(), self.noise():
+            try:
+                return compare(self._program(batch), self._original(batch), True, self.precision) is None
+            except Exception:  # whatever user code raises
+                return False
+
     def _original(self, batch: Batch) -> list[Tensor]:
         atoms = batch.expanded(self.inputs)
         if not torch.is_grad_enabled():  # then the model may change them in place

@@ -64,6 +64,9 @@ memory_option = click.option(
     "--memory", type=Bytes(), default=DEFAULT_MEMORY, help="Bytes to use above the interpreter's own, as 512M. [2G]"
 )
 level_option = click.option("--level", type=click.IntRange(1, 22), default=9, show_default=True, help="zstd level.")
+engine_option = click.option(
+    "--engine", type=click.Choice(["duckdb", "spark"]), default="duckdb", show_default=True, help="What runs the tasks."
+)
 quiet_option = click.option("--quiet", is_flag=True, help="No progress on stderr.")
 path = click.Path(path_type=Path)
 
@@ -80,7 +83,7 @@ path = click.Path(path_type=Path)
 @click.option("--keep-order/--any-order", default=True, help="Keep each impression's row number. [keep]")
 @click.option("--encodings", type=click.Choice(["best", "default"]), default="best", help="Parquet encodings.")
 @click.option("--dedup/--no-dedup", default=True, help="Store histories once. [on]")
-@click.option("--engine", type=click.Choice(["duckdb", "spark"]), default="duckdb", show_default=True)
+@engine_option
 @click.option("--threads", type=click.IntRange(1), help="DuckDB threads.")
 @level_option
 @memory_option
@@ -143,12 +146,14 @@ def _engine(name: str) -> Engine | None:
 @data.command("to-impressions")
 @click.argument("requests", type=path)
 @click.argument("out", type=path)
+@engine_option
 @level_option
 @memory_option
 @quiet_option
-def to_impressions_command(requests: Path, out: Path, level: int, memory: int, quiet: bool) -> None:
+def to_impressions_command(requests: Path, out: Path, engine: str, level: int, memory: int, quiet: bool) -> None:
     """Writes the impressions of data set REQUESTS to the Parquet file OUT: the exact inverse of to-requests."""
-    rows = to_impressions(requests, out, level=level, memory=memory, progress=show_progress(quiet))
+    told = show_progress(quiet)
+    rows = to_impressions(requests, out, level=level, memory=memory, engine=_engine(engine), progress=told)
     click.echo(f"{out}: {rows:,} impressions")
 
 

@@ -123,15 +123,20 @@ def nest(requests: pa.Table, impressions: pa.Table, columns: Columns) -> pa.Tabl
     return body.append_column(IMPRESSIONS, pa.ListArray.from_arrays(offsets, struct))
 
 
-def impression_rows(table: pa.Table, columns: Columns, rows: int) -> Iterator[pa.Table]:
-    """Inverse of `nest`, at most `rows` impressions at a time: the log's columns, and positions if kept."""
+def impression_rows(table: pa.Table, columns: Columns, rows: int, ordered: bool = False) -> Iterator[pa.Table]:
+    """Inverse of `nest`, at most `rows` impressions at a time: the log's columns, and positions if kept.
+
+    ordered: by position, not request by request. A wide request column is then copied once all the same.
+    """
     lists = _whole(table[IMPRESSIONS])
     owners = np.repeat(np.arange(len(lists)), pc.list_value_length(lists).to_numpy())
     struct = lists.flatten()
+    order = np.argsort(pc.struct_field(struct, POSITION).to_numpy(), kind="stable") if ordered else None
     names = [*columns.schema.names, *[POSITION] * columns.position]
     for at in range(0, len(owners), rows):
-        taken = pa.array(owners[at : at + rows])
-        piece = struct.slice(at, rows)
+        picked = slice(at, at + rows) if order is None else order[at : at + rows]
+        taken = pa.array(owners[picked])
+        piece = struct.slice(at, rows) if order is None else struct.take(pa.array(picked))
         parts = dict(zip((f.name for f in piece.type), piece.flatten()))
         parts |= {c: table[c].take(taken) for c in columns.request}
         yield pa.table({n: parts[n] for n in names})

@@ -27,6 +27,7 @@ from roo_rewrite.errors import DataError
 
 OnConflict = Literal["error", "first", "last", "demote"]
 GROUP_IMPRESSIONS = 131_072
+PART_BYTES = 1 << 30  # no column of a part then outgrows the 32-bit offsets of its lists and strings
 
 
 @dataclass(frozen=True)

@@ -9,20 +9,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roo_rewrite.data import shuffle
-from roo_rewrite.data.engines import DEFAULT_MEMORY, Progress, silent
+from roo_rewrite.data.engines import DEFAULT_MEMORY, Engine, Local, Progress, silent
 from roo_rewrite.data.nest import impression_rows, plain_type
 from roo_rewrite.data.store import part_meta, read_group
-from roo_rewrite.data.table import POSITION, Manifest
-from roo_rewrite.data.tasks import GROUP_IMPRESSIONS
+from roo_rewrite.data.table import POSITION, Columns, Manifest
+from roo_rewrite.data.tasks import GROUP_IMPRESSIONS, PART_BYTES
 from roo_rewrite.data.workdir import fingerprint, open_parts, sync, working
 from roo_rewrite.errors import DataError
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Parts cut into slices by row number; bucket b has rows [edges[b], edges[b + 1])."""
+
+    paths: tuple[str, ...]
+    columns: Columns
+    work: Path
+    edges: npt.NDArray[np.int64]
+    rows: int
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The log's columns and the row number."""
+        fields = [pa.field(f.name, plain_type(f.type)) for f in self.columns.schema]
+        return pa.schema([*fields, pa.field(POSITION, pa.int64())])
+
+    def slices(self, part: int) -> Path:
+        """Where the slices of a part lie."""
+        return self.work / f"{part:05d}.slices"
 
 
 def to_impressions(
@@ -31,26 +55,30 @@ def to_impressions(
     *,
     level: int = 9,
     memory: int = DEFAULT_MEMORY,
+    engine: Engine | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Writes the impressions of data set `requests` to Parquet file `out`; returns their number.
 
-    level: zstd level. memory: bytes this may use above the interpreter's own. Raises DataError with the
-    file and row group; then `out` is as it was.
+    level: zstd level. memory: bytes this may use above the interpreter's own. engine: what cuts the parts into
+    slices; the one file is written here. Raises DataError with the file and row group; then `out` is as it was.
     """
     out = Path(out)
     if out.is_dir():
         raise DataError(f"{out} is a directory; give the name of the Parquet file to write")
     manifest, paths = open_parts(requests)
     with working(out, {"parts": fingerprint(tuple(paths)), "memory": memory}) as work:
-        tables = _in_order(manifest, paths, work, memory, progress or silent)
+        rows = _rows_within(manifest, memory // 40)
+        edges = np.append(np.arange(0, manifest.impressions, 2 * rows), manifest.impressions)
+        cut = Cut(tuple(paths), manifest.columns, work, edges, rows)
+        tables = _in_order(manifest, cut, memory, engine or Local(), progress or silent)
         partial = work / "out.parquet"
-        rows = _write(partial, tables, manifest.columns.schema, level, _rows_within(manifest, memory // 40))
-        if rows != manifest.impressions:
-            raise DataError(f"{requests} promises {manifest.impressions} impressions, its parts hold {rows}")
+        written = _write(partial, tables, manifest.columns.schema, level, rows)
+        if written != manifest.impressions:
+            raise DataError(f"{requests} promises {manifest.impressions} impressions, its parts hold {written}")
         sync(partial)
         os.replace(partial, out)
-    return rows
+    return written
 
 
 def _rows_within(manifest: Manifest, size: int) -> int:
@@ -59,51 +87,58 @@ def _rows_within(manifest: Manifest, size: int) -> int:
     return int(np.clip(size * manifest.impressions // max(1, whole), 64, GROUP_IMPRESSIONS))
 
 
-def _in_order(manifest: Manifest, paths: list[str], work: Path, memory: int, progress: Progress) -> Iterator[pa.Table]:
-    rows = _rows_within(manifest, memory // 40)
-    columns, pool = manifest.columns, pa.default_memory_pool()
-    if not columns.position:
-        for i, path in enumerate(paths):
-            yield from _expanded(path, rows)
-            progress("read", i + 1, len(paths), manifest.parts[i].impressions)
+def _in_order(manifest: Manifest, cut: Cut, memory: int, engine: Engine, progress: Progress) -> Iterator[pa.Table]:
+    if not cut.columns.position:
+        for i, path in enumerate(cut.paths):
+            yield from _expanded(path, cut.rows)
+            progress("read", i + 1, len(cut.paths), manifest.parts[i].impressions)
         return
-    if int(manifest.provenance["memory"]) <= memory // 4:
-        whole = [t for path in paths for t in _expanded(path, rows)]
-        yield _by_position(pa.concat_tables(whole))
+    if int(manifest.provenance["memory"]) <= min(memory // 4, PART_BYTES):
+        whole = pa.concat_tables(t for path in cut.paths for t in _groups(path)).combine_chunks()
+        yield from impression_rows(whole, cut.columns, cut.rows, ordered=True)
         return
-    edges = np.append(np.arange(0, manifest.impressions, 2 * rows), manifest.impressions)
-    schema = pa.schema([pa.field(f.name, plain_type(f.type)) for f in columns.schema])
-    schema = schema.append(pa.field(POSITION, pa.int64()))
-    slices = [work / f"{i:05d}.slices" for i in range(len(paths))]
-    for i, (path, target) in enumerate(zip(paths, slices)):
-        if not shuffle.is_written(target):
-            with shuffle.SliceWriter(target, schema, POSITION, edges) as writer:
-                for table in _expanded(path, rows):
-                    writer.add(_by_position(table, keep=True))
-                    pool.release_unused()
-        progress("map", i + 1, len(paths), manifest.parts[i].impressions)
-    for bucket in range(len(edges) - 1):
-        yield _by_position(pa.concat_tables(shuffle.read_slices(slices, schema, bucket)))
-        pool.release_unused()
-        progress("write", bucket + 1, len(edges) - 1, int(edges[bucket + 1] - edges[bucket]))
+    todo = [i for i in range(len(cut.paths)) if not shuffle.is_written(cut.slices(i))]
+    for i, rows in zip(todo, engine.run(cut_part, cut, todo)):
+        progress("map", i + 1, len(cut.paths), rows)
+    slices = [cut.slices(i) for i in range(len(cut.paths))]
+    last = len(cut.edges) - 1
+    for bucket in range(last):
+        yield _by_position(pa.concat_tables(shuffle.read_slices(slices, cut.schema, bucket)))
+        pa.default_memory_pool().release_unused()
+        progress("write", bucket + 1, last, int(cut.edges[bucket + 1] - cut.edges[bucket]))
 
 
-def _by_position(table: pa.Table, keep: bool = False) -> pa.Table:
-    table = table.take(pa.array(np.argsort(table[POSITION].to_numpy(), kind="stable")))
-    return table if keep else table.drop_columns([POSITION])
+def cut_part(cut: Cut, part: int) -> int:
+    """Slices of one part by row number; returns its rows."""
+    total = 0
+    with shuffle.SliceWriter(cut.slices(part), cut.schema, POSITION, cut.edges) as writer:
+        for table in _expanded(cut.paths[part], cut.rows):
+            writer.add(_by_position(table))
+            total += table.num_rows
+            pa.default_memory_pool().release_unused()
+    return total
+
+
+def _by_position(table: pa.Table) -> pa.Table:
+    return table.take(pa.array(np.argsort(table[POSITION].to_numpy(), kind="stable")))
+
+
+def _groups(path: str) -> Iterator[pa.Table]:
+    meta = part_meta(path)
+    return (read_group(path, meta, g) for g in range(meta.row_groups))
 
 
 def _expanded(path: str, rows: int) -> Iterator[pa.Table]:
     """The impressions of a part, at most `rows` at a time."""
-    meta = part_meta(path)
-    for g in range(meta.row_groups):
-        yield from impression_rows(read_group(path, meta, g), meta.columns, rows)
+    columns = part_meta(path).columns
+    for table in _groups(path):
+        yield from impression_rows(table, columns, rows)
 
 
 def _write(path: Path, tables: Iterable[pa.Table], schema: pa.Schema, level: int, rows: int) -> int:
     total = 0
     with pq.ParquetWriter(path, schema, compression="zstd", compression_level=level, write_page_checksum=True) as out:
-        for table in regrouped(tables, rows):
+        for table in ahead(regrouped(tables, rows)):
             out.write_table(_as_logged(table, schema), row_group_size=max(1, table.num_rows))
             total += table.num_rows
     return total
@@ -126,6 +161,16 @@ def regrouped(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
         yield pa.concat_tables(held)
 
 
+def ahead(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """The same tables, the next one being made by a thread while this one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, tables, None)
+        while (table := coming.result()) is not None:
+            coming = pool.submit(next, tables, None)
+            yield table
+
+
 def _as_logged(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The log's own types and column order."""
-    return table if table.schema == schema else table.select(schema.names).cast(schema)
+    """The log's own types, columns and their order."""
+    table = table.select(schema.names)
+    return table if table.schema == schema else table.cast(schema)

@@ -27,12 +27,11 @@ from roo_rewrite.data.engines import DEFAULT_MEMORY, Engine, Local, Progress, si
 from roo_rewrite.data.source import Source, open_source
 from roo_rewrite.data.store import Writing
 from roo_rewrite.data.table import Manifest, Part, assign, write_whole
-from roo_rewrite.data.tasks import ClashesError, Job, OnConflict, is_mapped, map_unit, reduce_bucket
+from roo_rewrite.data.tasks import PART_BYTES, ClashesError, Job, OnConflict, is_mapped, map_unit, reduce_bucket
 from roo_rewrite.data.workdir import check_target, fingerprint, next_generation, publish, working
 from roo_rewrite.errors import DataError
 from roo_rewrite.features import FeatureSpec
 
-PART_BYTES = 4 << 30
 STEPS = ("slices", "data", "notes")
 
 

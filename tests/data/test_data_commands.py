@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -56,6 +58,17 @@ def test_options_reach_the_files(run, small_log, write, tmp_path, spec_file):
     assert not manifest.columns.position
     assert [p.path.split("/")[1] for p in manifest.parts] == ["user=1", "user=2"]
     assert "hist" in pq.read_schema(out / manifest.parts[0].path).names
+
+
+@pytest.mark.parametrize("verb", ["to-requests", "to-impressions"])
+def test_spark_that_is_not_there(run, small_log, write, tmp_path, spec_file, monkeypatch, verb):
+    log, out = write(small_log([1, 1, 2])), tmp_path / "out"
+    common = ["to-requests", log, out, "--request-id", "rid", "--spec", spec_file, "--quiet"]
+    run(*common)
+    monkeypatch.setitem(sys.modules, "pyspark.sql", None)
+    with pytest.raises(DataError, match="--engine spark needs pyspark"):
+        run(*(common if verb == "to-requests" else [verb, out, tmp_path / "back.parquet"]), "--engine", "spark")
+    assert not (tmp_path / "back.parquet").exists()
 
 
 def test_joining_labels(run, small_log, write, tmp_path, spec_file):

@@ -38,7 +38,12 @@ def contents(folder):
 
 
 @pytest.mark.parametrize(
-    ("memory", "options"), [(20_000, {"user": "user", "time": "time"}), (1 << 30, {"user": "user_name"}), (1 << 30, {})]
+    ("memory", "options"),
+    [
+        (20_000, {"user": "user", "time": "time"}),
+        (1 << 30, {"user": "user_name"}),
+        (1 << 30, {"partition": "user_name"}),
+    ],
 )
 def test_both_engines_agree(engine, small_log, spec, write, tmp_path, same_bits, memory, options):
     tables = [small_log([i * 5 % 11 for i in range(30)]), small_log([i * 3 % 13 for i in range(20)])]
@@ -52,7 +57,7 @@ def test_both_engines_agree(engine, small_log, spec, write, tmp_path, same_bits,
     assert [(p.requests, p.impressions) for p in ours.parts] == [(p.requests, p.impressions) for p in theirs.parts]
     for a, b in zip(contents(tmp_path / "duck"), contents(tmp_path / "spark"), strict=True):
         assert same_bits(a, b)
-    to_impressions(tmp_path / "spark", tmp_path / "back.parquet")
+    to_impressions(tmp_path / "spark", tmp_path / "back.parquet", memory=memory, engine=engine)
     assert same_bits(pq.read_table(tmp_path / "back.parquet"), pa.concat_tables(tables))
 
 

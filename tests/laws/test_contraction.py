@@ -18,6 +18,10 @@ SPELLINGS = {
     "addmm": lambda m, x: torch.addmm(m.b, x, m.w.t()),
     "matmul": lambda m, x: x @ m.w.t() + m.b,
     "einsum": lambda m, x: torch.einsum("bk,nk->bn", x, m.w) + m.b,
+    "addmm scaled": lambda m, x: torch.addmm(m.b, x, m.w.t(), beta=0.5, alpha=-2.0),
+    "addmm alone": lambda m, x: torch.addmm(m.b * torch.inf, x, m.w.t(), beta=0, alpha=2),
+    "addmm other": lambda m, x: torch.addmm(x[:, :1].tanh(), x, m.w.t()),
+    "addmm turned": lambda m, x: torch.addmm(m.b.unsqueeze(1), m.w, x.t()).t(),
     "conv1d": lambda m, x: F.conv1d(x.unsqueeze(-1), m.w.unsqueeze(-1), m.b).squeeze(-1),
 }
 

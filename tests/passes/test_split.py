@@ -148,6 +148,31 @@ EQUAL = {
         1, keepdim=True
     ),
     "nothing but nothing": lambda m, u, x: torch.cat([u, x], 1)[:, []].sum(1),
+    "picked by 32 bit": lambda m, u, x: (
+        torch.cat([u, x], 1).index_select(1, torch.tensor([7, 0, 0, 5], dtype=torch.int32)) @ m.w
+    ),
+    "rows and places in one dim": lambda m, u, x: (
+        F.layer_norm(F.linear(torch.stack([u, x, u * x], 1).reshape(-1, 4) * m.w[0], m.w).relu() + m.w[:1], (4,))
+        .softmax(-1)
+        .view(-1, 3, 4)
+        .sum(1)
+    ),
+    "two in one dim": lambda m, u, x: (
+        (torch.stack([u, x], 1).flatten(0, 1) - torch.stack([x, u], 1).view(-1, 4)).mean(1).view(-1, 2)
+    ),
+    "in one dim with a tensor": lambda m, u, x: (
+        (torch.stack([u, x], 1).flatten(0, 1) + (u * x).view(-1, 2).repeat(1, 2)).view(-1, 2, 4).select(1, 1)
+    ),
+    "rows compared in one dim": lambda m, u, x: torch.stack([u, x], 1).view(-1, 4).softmax(0).view(-1, 2, 4),
+    "rows shifted in one dim": lambda m, u, x: torch.stack([u, x], 1).view(-1, 4)[1:].sum(0, keepdim=True) * u,
+    "other places in one dim": lambda m, u, x: torch.stack([u, x], 1).view(-1, 4).exp().view(-1, 4, 2) @ m.w[:2],
+    "copies side by side": lambda m, u, x: (x.repeat(1, 3).view(-1, 3, 4) * u.unsqueeze(1)) @ m.w,
+    "copies in another order": lambda m, u, x: (x.repeat(1, 3).view(-1, 4, 3) * u.unsqueeze(2)).sum(1),
+    "copies of copies": lambda m, u, x: (x.unsqueeze(1).repeat(1, 2, 2).view(-1, 4, 4) * u.unsqueeze(1)) @ m.w,
+    "an expand in one dim": lambda m, u, x: F.linear(
+        torch.cat([x.unsqueeze(1).expand(-1, 3, -1), torch.stack([u, u + 1, u * 2], 1)], 2).view(-1, 8),
+        torch.cat([m.w, m.w], 1),
+    ).view(-1, 3, 4),
     "reduced to nothing": lambda m, u, x: (torch.cat([u, x], 1) @ torch.cat([m.w, m.w])).sum(),
 }
 
@@ -223,6 +248,18 @@ def test_padding_parts_does_not_take_the_traced_batch_for_a_number(captured: Fun
 
     trace, before, graph, _ = split_of(captured, model)
     same(trace, before, graph)
+
+
+@pytest.mark.parametrize("name", ["rows and places in one dim", "copies side by side", "an expand in one dim"])
+def test_a_view_that_is_undone_hides_nothing(captured: Function, printed: Callable[..., str], name: str) -> None:
+    _, _, graph, _ = split_of(captured, EQUAL[name])
+    assert "reshape" not in printed(graph)
+
+
+@pytest.mark.parametrize("name", ["rows compared in one dim", "rows shifted in one dim"])
+def test_a_view_whose_rows_meet_is_carried_out(captured: Function, printed: Callable[..., str], name: str) -> None:
+    _, _, graph, _ = split_of(captured, EQUAL[name])
+    assert "reshape" in printed(graph)
 
 
 def test_entries_of_a_sum_whose_terms_have_fewer_dims(captured: Function) -> None:

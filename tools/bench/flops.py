@@ -29,6 +29,11 @@ from tools.bound import bound, decomposed
 EXAMPLE_ROWS = 32
 SLACK = 1.01
 
+aten = torch.ops.aten
+# torch counts none of what is added in place.
+flop_registry.setdefault(aten.addmm_, flop_registry[aten.addmm])
+flop_registry.setdefault(aten.baddbmm_, flop_registry[aten.baddbmm])
+
 
 class Countable(TorchDispatchMode):
     """Raises RooError on an operator of this project's own that no FLOP formula is registered for."""
