@@ -66,7 +66,8 @@ def product(
     inside = [a for a in atoms if dim == 1 and shape is None and _factored(a, weight) is not None]
     groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
     shape = shape or with_size(x.shape, dim, n)
-    if not _pays(s, x, groups, inside, shape, n, k):
+    cells = split_outer.cells(s, [(f, a.columns, a.index) for a in inside if (f := _factored(a, weight)) is not None])
+    if not _pays(s, x, groups, cells, shape, n, k):
         return None
     terms: list[tuple[float, Form]] = []
     scaled: dict[Node, list[tuple[float, Form]]] = {}
@@ -80,10 +81,7 @@ def product(
     for factor, parts in scaled.items():
         whole = s.builder.whole(Sum(tuple(parts), shape))
         terms.append((1.0, Whole(s.builder.call(aten.mul.Tensor, whole, factor))))
-    for atom in inside:
-        factors = _factored(atom, weight)
-        assert factors is not None
-        terms.append((1.0, Whole(split_outer.multiply(s, factors, atom.columns, atom.index, weight))))
+    terms += [(1.0, Whole(split_outer.multiply(s, cell, weight))) for cell in cells]
     return Sum(tuple(terms), shape) if terms else None
 
 
@@ -95,14 +93,11 @@ def _factored(atom: Atom, weight: Node) -> split_outer.Factors | None:
     return found if found is not None and split_outer.covers(found, atom.index) else None
 
 
-def _inside_price(s: Splitter, atom: Atom, n: int) -> float:
+def _inside_price(s: Splitter, cell: split_outer.Cell, n: int) -> float:
     """The request's factor into the weight, then what is left per impression."""
-    found = _factored(atom, atom.weight)
-    assert found is not None
-    h, m = found.sizes if found.early_first else found.sizes[::-1]
-    late = found.second if found.early_first else found.first
-    shape = tuple(late.meta["val"].shape)
-    batch, rest = shape[0], shape[3:]
+    h, m = (int(f.meta["val"].shape[1]) for f in (cell.early, cell.late))
+    shape = tuple(cell.late.meta["val"].shape)
+    batch, rest = shape[0], shape[2:]
     per_request = s.price.product((batch, n, m, *rest), h, Provenance.REQUEST)
     per_impression = s.price.product((batch, n, *rest), m, Provenance.IMPRESSION)
     return per_request + per_impression + 2 * s.price.move((batch, n, *rest)) + s.price.start(6)
@@ -112,7 +107,7 @@ def _pays(
     s: Splitter,
     x: Form,
     groups: Sequence[Group],
-    inside: Sequence[Atom],
+    cells: Sequence[split_outer.Cell],
     shape: tuple[object, ...],
     n: int,
     k: int,
@@ -123,7 +118,7 @@ def _pays(
     after += sum(price.move((*g.lead, g.inner), g.side) for g in groups if len(g.operands()) > 1)
     after += sum(price.move((*g.lead, n), impression, 1.0) for g in groups if g.side is not impression)
     after += price.move(shape) * max(len(groups) - 1, 0) + price.start(2 * max(len(groups) - 1, 0))
-    after += sum(_inside_price(s, a, n) for a in inside)
+    after += sum(_inside_price(s, c, n) for c in cells)
     if any(g.factor is not None for g in groups):  # statistics of the whole rows, against those of each side
         before += 3 * price.move(x.shape)
         after += (
@@ -131,7 +126,7 @@ def _pays(
         )
     where = s.builder.origin.name if s.builder.origin is not None else ""
     sides = ", ".join(f"{g.inner} of {k} columns per {_unit(g.side)}" for g in groups)
-    sides += "".join(f", {len(a.columns)} with the request's factor in the weight" for a in inside)
+    sides += "".join(f", {len(c[1])} with the request's factor in the weight" for cell in cells for c in cell.terms)
     return price.take(f"linear: {sides}", before, after, where)
 
 

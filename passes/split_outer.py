@@ -88,11 +88,6 @@ class Factors:
     second: Node
     early_first: bool
 
-    @property
-    def sizes(self) -> tuple[int, int]:
-        """h and m."""
-        return int(self.first.meta["val"].shape[1]), int(self.second.meta["val"].shape[2])
-
 
 def factors(node: Node) -> Factors | None:
     """The factors of a flattened outer product over dims 1 and 2, where exactly one is request-level."""
@@ -112,22 +107,54 @@ def factors(node: Node) -> Factors | None:
     return Factors(first, second, early[0]) if early[0] != early[1] else None
 
 
-def multiply(s: Splitter, found: Factors, columns: Sequence[int], index: Sequence[int] | None, weight: Node) -> Node:
-    """The product of the flattened outer product with these weight columns, [B, N, ...]."""
-    b, (h, m) = s.builder, found.sizes
-    order = list(columns) if index is None else [c for _, c in sorted(zip(index, columns))]
-    w = b.call(aten.reshape.default, b.pick(weight, 1, order), [int(weight.meta["val"].shape[0]), h, m])
-    first = b.call(aten.squeeze.dim, found.first, 2)
-    second = b.call(aten.squeeze.dim, found.second, 1)
-    rest = "xyz"[: len(first.meta["val"].shape) - 2]
-    if found.early_first:
-        inside = b.call(aten.einsum.default, f"nhm,bh{rest}->bnm{rest}", [w, first])
-        return b.call(aten.einsum.default, f"bm{rest},bnm{rest}->bn{rest}", [second, inside])
-    inside = b.call(aten.einsum.default, f"nhm,bm{rest}->bnh{rest}", [w, second])
-    return b.call(aten.einsum.default, f"bh{rest},bnh{rest}->bn{rest}", [first, inside])
+@dataclass(frozen=True)
+class Cell:
+    """Outer products of one request's factor [B, h, ...] and one impression's [B, m, ...], either way round.
+
+    terms: of each whether the request's comes first, and the weight columns it meets, in its order.
+    """
+
+    early: Node
+    late: Node
+    terms: tuple[tuple[bool, tuple[int, ...]], ...]
+
+
+def cells(s: Splitter, products: Sequence[tuple[Factors, Sequence[int], Sequence[int] | None]]) -> list[Cell]:
+    """(factors, weight columns, entries) of whole outer products; u x c and c x u are one cell."""
+    found: dict[tuple[Node, Node], list[tuple[bool, tuple[int, ...]]]] = {}
+    for factors, columns, index in products:
+        order = columns if index is None else [c for _, c in sorted(zip(index, columns))]
+        pair = (_squeezed(s, factors.first, 2), _squeezed(s, factors.second, 1))
+        key = pair if factors.early_first else (pair[1], pair[0])
+        found.setdefault(key, []).append((factors.early_first, tuple(order)))
+    return [Cell(early, late, tuple(terms)) for (early, late), terms in found.items()]
+
+
+def _squeezed(s: Splitter, node: Node, dim: int) -> Node:
+    if node.target is aten.unsqueeze.default and node.args[1] == dim:
+        assert isinstance(node.args[0], Node)
+        return node.args[0]
+    return s.builder.call(aten.squeeze.dim, node, dim)
+
+
+def multiply(s: Splitter, cell: Cell, weight: Node) -> Node:
+    """The products of a cell with these weight columns, added up: [B, N, ...]."""
+    b, n = s.builder, int(weight.meta["val"].shape[0])
+    h, m = (int(f.meta["val"].shape[1]) for f in (cell.early, cell.late))
+    total: Node | None = None
+    for early_first, columns in cell.terms:
+        picked = b.pick(weight, 1, columns)
+        if early_first:
+            mine = b.call(aten.reshape.default, picked, [n, h, m])
+        else:
+            mine = b.call(aten.transpose.int, b.call(aten.reshape.default, picked, [n, m, h]), 1, 2)
+        total = mine if total is None else b.call(aten.add.Tensor, total, mine)
+    rest = "xyz"[: len(cell.early.meta["val"].shape) - 2]
+    inside = b.call(aten.einsum.default, f"nhm,bh{rest}->bnm{rest}", [total, cell.early])
+    return b.call(aten.einsum.default, f"bm{rest},bnm{rest}->bn{rest}", [cell.late, inside])
 
 
 def covers(found: Factors, index: Sequence[int] | None) -> bool:
     """Whether the picked entries are all of the outer product, once each."""
-    h, m = found.sizes
+    h, m = int(found.first.meta["val"].shape[1]), int(found.second.meta["val"].shape[2])
     return index is None or sorted(index) == list(range(h * m))
