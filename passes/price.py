@@ -15,13 +15,22 @@ _ELEMENT = 4
 
 @dataclass(frozen=True)
 class Candidate:
-    """A split that was considered: nanoseconds before and after at the nominal batch, and whether it was taken."""
+    """A split that was considered: nanoseconds before and after at the nominal batch, and whether it was taken.
+
+    measured: time without it over time with it, once `split_gains` has taken both.
+    """
 
     what: str
     before: float
     after: float
     taken: bool
     where: str = ""
+    measured: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What it is called: the same whenever the model is built."""
+        return self.what, self.where
 
     @property
     def gain(self) -> float:
@@ -31,12 +40,16 @@ class Candidate:
 
 @dataclass
 class Price:
-    """Prices at `fanout`; mode "always" takes every split, for experiments."""
+    """Prices at `fanout`; mode "always" takes every split, for experiments.
+
+    otherwise: keys of splits to decide the other way, to measure them.
+    """
 
     device: Device
     fanout: float
     batch: int
     mode: Literal["priced", "always", "never"]
+    otherwise: frozenset[tuple[str, str]] = frozenset()
     candidates: list[Candidate] = field(default_factory=list)
 
     def rows(self, shape: Sequence[Any], side: Provenance) -> float:
@@ -63,6 +76,6 @@ class Price:
 
     def take(self, what: str, before: float, after: float, where: str = "") -> bool:
         """Whether a split pays; it is written down either way."""
-        taken = self.mode == "always" or after < 0.97 * before
+        taken = (self.mode == "always" or after < 0.97 * before) != ((what, where) in self.otherwise)
         self.candidates.append(Candidate(what, before, after, taken, where))
         return taken

@@ -91,7 +91,7 @@ class Application:
         return args, kwargs
 
 
-_TOPICS = "blocks joins picks views sums linear addmm conv products einsum reductions norms batch_norm attention"
+_TOPICS = "blocks joins picks views sums linear chains addmm conv products einsum reductions norms batch_norm attention"
 
 
 def _load() -> None:
@@ -107,10 +107,15 @@ class Split:
     candidates: list[Candidate] = field(default_factory=list)
 
 
-def split(captured: Captured, fanout: float, mode: Mode = "priced") -> Split:
-    """Splits the annotated graph of `captured` in place; annotate it again afterwards."""
+def split(
+    captured: Captured, fanout: float, mode: Mode = "priced", otherwise: frozenset[tuple[str, str]] = frozenset()
+) -> Split:
+    """Splits the annotated graph of `captured` in place; annotate it again afterwards.
+
+    otherwise: keys of candidates to decide the other way.
+    """
     _load()
-    splitter = Splitter(captured, Price(device_of(captured), fanout, captured.batch, mode))
+    splitter = Splitter(captured, Price(device_of(captured), fanout, captured.batch, mode, otherwise))
     if mode != "never":
         captured.graph = splitter.run()
     return Split(splitter.price.candidates)
@@ -125,6 +130,7 @@ class Splitter:
         self.builder = Builder(captured)
         self.forms: dict[Node, Form | list[Form]] = {}
         self.copies: dict[Node, Node] = {}
+        self.chains: dict[Node, tuple[OpOverload, list[Node]]] = {}
 
     def run(self) -> torch.fx.Graph:
         """The split graph."""

@@ -24,6 +24,7 @@ from passes.forms import (
 from passes.split import Application, Splitter, handles
 from passes.split_attention import added_mask
 from passes.split_blocks import blockwise, broadcast
+from passes.split_chains import regrouped
 from passes.split_outer import outer
 from passes.split_scaled import centred
 from passes.split_scaled import scaled as scaled_rows
@@ -98,7 +99,9 @@ def multiply(s: Splitter, app: Application) -> Form | None:
     if isinstance(x, Sum) and isinstance(y, (int, float)) and not isinstance(y, bool) and _finite(y):
         return scaled(x, float(y) if str(app.target).startswith("aten.mul") else 1.0 / float(y))
     rows = scaled_rows(s, app)
-    return outer(s, app) if rows is None and str(app.target) == "aten.mul.Tensor" else rows
+    if rows is not None or str(app.target) != "aten.mul.Tensor":
+        return rows
+    return outer(s, app) or regrouped(s, app)
 
 
 def _finite(factor: float) -> bool:

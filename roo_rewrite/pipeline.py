@@ -55,6 +55,7 @@ class Options:
     leaves: tuple[str, ...]
     check: bool
     split: passes.split.Mode = "priced"
+    otherwise: frozenset[tuple[str, str]] = frozenset()
 
 
 def rewrite(
@@ -173,7 +174,7 @@ def _build(
 def _split(captured: Captured, options: Options) -> Sequence[Any]:
     """Splits the graph; where that fails it stays as it is."""
     try:
-        return passes.split.split(captured, options.fanout, options.split).candidates
+        return passes.split.split(captured, options.fanout, options.split, options.otherwise).candidates
     except Exception as e:  # a fault of ours must not keep a model from being hoisted
         if options.check:
             raise

@@ -55,12 +55,16 @@ class NodeReport:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """A split that was considered, what it was thought to gain (time before over after), and whether it was taken."""
+    """A split that was considered, what it was thought to gain (time before over after), and whether it was taken.
+
+    measured: what it gains, where `split_gains` (the verb `bench`) has measured it.
+    """
 
     what: str
     gain: float
     taken: bool
     where: str = ""
+    measured: float | None = None
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,7 @@ class Report:
             _sum(n.after for n in nodes),
             *shares,
             nodes=nodes,
-            splits=tuple(SplitReport(c.what, c.gain, c.taken, c.where) for c in program.candidates),
+            splits=tuple(SplitReport(c.what, c.gain, c.taken, c.where, c.measured) for c in program.candidates),
             inputs=sides,
         )
 
@@ -294,9 +298,16 @@ def _summary(report: Report) -> Iterator[str]:
         for node in report.kept:
             yield f"  {node.op:<22} {node.reason}" + (f"   {node.where}: {node.code}" if node.where else "")
     if report.splits:
-        yield "splits (predicted time before / after):"
-        for split in report.splits:
-            yield f"  {'taken ' if split.taken else 'left  '} {split.gain:6.2f}x  {split.what}  {split.where}".rstrip()
+        yield from splits(report.splits)
+
+
+def splits(found: Sequence[SplitReport]) -> Iterator[str]:
+    """One line each."""
+    yield "splits (predicted time before / after of the op; measured: the model's time without / with it):"
+    for split in found:
+        measured = f"{split.measured:5.2f}x" if split.measured is not None else " " * 6
+        taken = "taken " if split.taken else "left  "
+        yield f"  {taken} {split.gain:6.2f}x {measured}  {split.what}  {split.where}".rstrip()
 
 
 def _numbers(report: Report) -> Iterator[str]:

@@ -125,6 +125,15 @@ def test_bench_prints_a_row_for_each_mode(run: Run) -> None:
     assert all(r["original"] > 0 and r["rewritten"] > 0 for r in rows)
 
 
+def test_bench_measures_the_splits(run: Run) -> None:
+    found = ("--at", "4", "--impressions", "16", "--rounds", "1")
+    splits = json.loads(run("bench", "make", *found, "--splits", "1", "--json").stdout)["splits"]
+    assert sum(s["measured"] is not None for s in splits) == min(1, len(splits))
+    assert splits
+    assert not json.loads(run("bench", "make", *found, "--splits", "0", "--json").stdout)["splits"]
+    assert "measured" in run("bench", "make", *found).stdout
+
+
 def test_a_pt2_is_a_model(run: Run, folder: Path) -> None:
     model, (args, _) = load(f"{folder / 'model.py'}:make")
     shapes = {"user_x": {0: Dim.DYNAMIC}, "item_x": {0: Dim.DYNAMIC}}
