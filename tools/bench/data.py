@@ -216,7 +216,7 @@ def readers(impressions: int, runs: int) -> None:
 @click.option("--times", default=10, show_default=True, help="size of the log in memory, in limits")
 @click.option("--profile", default="feed", show_default=True, type=click.Choice(sorted(SHAPES)))
 def memory(limit: int, times: int, profile: str) -> None:
-    """Peak memory of both conversions of a log many times the limit."""
+    """Peak memory of both conversions of a log many times the limit, above the interpreter and its imports."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         log, out, back = folder / "log.parquet", folder / "out", folder / "back.parquet"
@@ -227,9 +227,10 @@ def memory(limit: int, times: int, profile: str) -> None:
         reverse = peak(f"to_impressions({str(out)!r}, {str(back)!r}, memory={limit << 20})")
         back_rows = sum(same_rows(log, back))
         click.echo(
-            f"{rows:,} impressions, limit {limit} MiB: to-requests {forward:.0f} MiB, to-impressions {reverse:.0f} MiB"
+            "| log | impressions | limit MiB | to-requests MiB | to-impressions MiB | rows the same, in order |"
         )
-        click.echo(f"rows that came back the same, in order: {back_rows:,}")
+        click.echo("|---|---:|---:|---:|---:|---:|")
+        click.echo(f"| {profile} | {rows:,} | {limit} | {forward:.0f} | {reverse:.0f} | {back_rows:,} |")
 
 
 if __name__ == "__main__":
