@@ -228,7 +228,8 @@ def weights(model: RequestModel) -> tuple[dict[str, str], dict[str, Tensor]]:
         first[id(parameter)] = name
         kinds[name] = "parameter" if parameter.requires_grad else "frozen"
         values[name] = parameter.detach().cpu().contiguous().clone()
-    for name, buffer in model.named_buffers(remove_duplicate=False):
+    constants = model._roo.named_buffers(prefix="_roo", remove_duplicate=False)
+    for name, buffer in (*model.named_buffers(remove_duplicate=False), *constants):
         kinds[name] = "buffer" if name in saved else "unsaved"
         values[name] = buffer.detach().cpu().contiguous().clone()
     return kinds, values

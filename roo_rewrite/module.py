@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Sequence
@@ -26,18 +27,20 @@ from roo_rewrite.calls import (
     watched,
     without_empty,
 )
+from roo_rewrite.capture import Captured
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import request_of
+from roo_rewrite.outlook import Outlook, reads
 from roo_rewrite.program import Program
-from roo_rewrite.purity import kept
+from roo_rewrite.purity import kept, random_kept, twin
 from roo_rewrite.report import Report
 
 Build = Callable[["RequestModel", Sequence[Tensor], Sequence[Any], str], Program]
 _MAX_PROGRAMS = 16
 _EXAMPLE_ROWS = 64
 _ORIGINAL = Program(None, None)
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+_SHARED = ("_parameters", "_modules", "_buffers", "_non_persistent_buffers_set")
 
 
 class RequestModel(nn.Module):
@@ -58,6 +61,8 @@ class RequestModel(nn.Module):
     _settings: list[Setting]
     _watched: list[Watched]
     _roo: nn.Module
+    _outlook: Outlook
+    _built: int
 
     def __init__(
         self,
@@ -73,7 +78,6 @@ class RequestModel(nn.Module):
         self.__class__ = _signed(original)
         for name in _SHARED:
             self.__dict__[name] = original.__dict__[name]
-        self.__dict__["_modules"] = dict(original._modules)
         self.training = original.training
         self.__dict__["_original"] = original
         self.__dict__["_inputs"] = inputs
@@ -83,7 +87,9 @@ class RequestModel(nn.Module):
         self.__dict__["_current"] = dict[bool, Program]()
         self.__dict__["_settings"] = list(settings)
         self.__dict__["_watched"] = watched(original, settings)
-        self.add_module("_roo", nn.Module())
+        self.__dict__["_roo"] = nn.Module()
+        self.__dict__["_outlook"] = Outlook()
+        self.__dict__["_built"] = 0
         self._program(example, statics)
 
     def __getattr__(self, name: str) -> Any:
@@ -105,7 +111,11 @@ class RequestModel(nn.Module):
         made = self.__class__.__new__(self.__class__)
         memo[id(self)] = made
         memo.update({id(t): t for t in kept(self._original)})
+        if self._outlook.changed():
+            self._renew()
+        memo[id(self._outlook)] = None
         made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        made.__dict__["_outlook"] = self._outlook.of(made._original)
         return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -160,7 +170,6 @@ class RequestModel(nn.Module):
 
     def _broadcast_first(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor) -> Any:
         """F(E(U), x): the original on broadcast inputs. Correct for every model, and saves nothing."""
-        self._original._modules.update({n: m for n, m in self._modules.items() if n != "_roo"})
         total = self._impressions(atoms)
         rows = request_of(counts, int(counts.sum()) if total is None else total)
         expanded = self._inputs.select(atoms, rows, (Provenance.REQUEST,))
@@ -171,6 +180,8 @@ class RequestModel(nn.Module):
 
     def _program(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor | None = None) -> Program:
         """The program for this mode, these settings and these kinds of input, built on demand."""
+        if self._outlook.changed():
+            self._renew()
         mode, kinds = self._mode(), tuple([kind(t) for t in atoms])
         key = (mode, kinds, hashable(statics))
         found = self._programs.get(key)
@@ -205,14 +216,40 @@ class RequestModel(nn.Module):
         return None
 
     def _new_program(self, atoms: Sequence[Tensor], statics: Sequence[Any], counts: Tensor | None) -> Program:
-        if len(self._programs) >= _MAX_PROGRAMS:
+        if self._built >= _MAX_PROGRAMS:
             return Program(None, None, notes=(f"more than {_MAX_PROGRAMS} kinds of input; the original runs",))
         example: Sequence[Tensor] = self._example[0]
         check_dims(self._inputs, example, atoms)
         if any(kind(a) != kind(b) for a, b in zip(example, atoms)):
             own = None if counts is None else expanded_example(self._inputs, atoms, counts, _EXAMPLE_ROWS)
             example = own or [like(e, a) for e, a in zip(example, atoms)]
-        return self._build(self, example, statics, f"p{len(self._programs)}")
+        self.__dict__["_built"] += 1
+        made = self._build(self, example, statics, f"p{self._built}")
+        if made.captured is not None:
+            self._look(made.captured, example, statics)
+        return made
+
+    def _look(self, captured: Captured, example: Sequence[Tensor], statics: Sequence[Any]) -> None:
+        """Notes what a forward reads of the model beside its parameters."""
+        copied = twin(self._original)
+        args, kwargs = self._inputs.unflatten(example, Provenance.IMPRESSION, statics)
+        with reads() as found, random_kept(), torch.no_grad(), contextlib.suppress(Exception):
+            copied(*(t.clone() if isinstance(t, Tensor) else t for t in args), **kwargs)
+        keys = {path: found.get(id(m), set()) for path, m in copied.named_modules()}
+        leaves = (*captured.leaves, *(site.path for site in captured.sites if site.path))
+        self._outlook.look(self._original, leaves, keys, statics)
+
+    def _renew(self) -> None:
+        """Forgets all programs: the model is another."""
+        self._programs.clear()
+        self.__dict__["_outlook"] = Outlook()
+        known = dict(self._original.named_modules())
+        self.__dict__["_watched"] = watched(self._original, [(p, k) for p, k in self._settings if p in known])
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RequestModel:
+        nn.Module._apply(self._roo, fn, recurse)  # type: ignore[no-untyped-call]
+        nn.Module._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def train(self, mode: bool = True) -> RequestModel:
         """Switches both this module and the original; the program of a new mode is built here."""

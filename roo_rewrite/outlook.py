@@ -1,0 +1,157 @@
+"""What a trace read of a model beside parameters and buffers: submodules, hooks, settings in objects and lists.
+
+A trace holds these for constants. Where one is replaced or changed between two calls, the programs are built anew.
+Only what a forward reads is watched, so that a trainer may keep its books in the model. Every mutable container is
+kept with a shallow copy: comparing the two costs a pointer an entry.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+_ABSENT = object()
+_OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "training"}
+_PLAIN = (int, float, complex, str, bytes, type(None), type, ModuleType, nn.Module)
+_DEPTH, _MOST, _LONG = 5, 4096, 10_000
+
+
+@dataclass
+class Outlook:
+    """attributes: namespace, key and value; containers: each with its copy; tensors: with their version; cells."""
+
+    attributes: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
+    containers: list[tuple[Any, Any]] = field(default_factory=list)
+    tensors: list[tuple[Tensor, int]] = field(default_factory=list)
+    cells: list[tuple[CellType, Any]] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+    leaves: tuple[str, ...] = ()
+    keys: dict[str, set[str]] = field(default_factory=dict)
+    statics: list[Any] = field(default_factory=list)
+
+    def look(self, model: nn.Module, leaves: Sequence[str], keys: dict[str, set[str]], statics: Sequence[Any]) -> None:
+        """Adds the tree of `model`, the attributes `keys` of its modules by path, and plain arguments of the call."""
+        self.leaves = tuple(dict.fromkeys((*self.leaves, *leaves)))
+        self.statics += statics
+        self._tree(model, self.leaves)
+        for path, module in model.named_modules():
+            own = keys.get(path, set()) if not type(module).__module__.startswith("torch.") else set()
+            self.keys[path] = self.keys.get(path, set()) | own
+            self._read(module, own)
+        for value in statics:
+            self._value(value, _DEPTH)
+
+    def of(self, model: nn.Module) -> Outlook:
+        """The same, of a copy of the model."""
+        made = Outlook()
+        made.look(model, self.leaves, self.keys, self.statics)
+        return made
+
+    def _tree(self, model: nn.Module, leaves: Sequence[str]) -> None:
+        """Adds the submodules and their hooks; a leaf is called as it is and may be replaced."""
+        for path, module in model.named_modules():
+            if any(path == leaf or path.startswith(f"{leaf}.") for leaf in leaves):
+                continue
+            own = vars(module)
+            inner = [k for k in module._modules if (f"{path}.{k}" if path else k) in leaves]
+            self.containers += [(d, d.copy()) for d in (module._forward_hooks, module._forward_pre_hooks)]
+            if not inner:
+                self.containers.append((module._modules, dict(module._modules)))
+            else:
+                self.attributes += [(module._modules, k, m) for k, m in module._modules.items() if k not in inner]
+            self.attributes.append((own, "forward", own.get("forward", _ABSENT)))
+
+    def _read(self, module: nn.Module, keys: Iterable[str]) -> None:
+        """Adds the attributes `keys` of a module, as deep as they go."""
+        own = vars(module)
+        for key in keys:
+            value = own.get(key, _ABSENT)
+            if key in _OWN or key.endswith("_hooks") or (value is _ABSENT and hasattr(module, key)):
+                continue
+            self.attributes.append((own, key, value))
+            self._value(value, _DEPTH)
+
+    def _value(self, value: Any, depth: int) -> None:
+        """Adds what can change within a value."""
+        if isinstance(value, _PLAIN) or id(value) in self.seen or not depth or len(self.containers) > _MOST:
+            return
+        self.seen.add(id(value))
+        inner: Iterable[Any] = ()
+        if isinstance(value, Tensor):
+            if not value.is_inference():
+                self.tensors.append((value, value._version))
+        elif isinstance(value, FunctionType):
+            filled = [(c, c.cell_contents) for c in value.__closure__ or () if c != CellType()]
+            self.cells += filled
+            inner = [content for _, content in filled]
+        elif isinstance(value, MethodType):
+            inner = (value.__self__,)
+        elif isinstance(value, (list, dict, set)) and len(value) <= _LONG:
+            self.containers.append((value, value.copy()))
+            inner = value.values() if isinstance(value, dict) else value
+        elif isinstance(value, (tuple, frozenset)) and len(value) <= _LONG:
+            inner = value
+        elif hasattr(value, "__array_interface__") and getattr(value, "size", _LONG) < _LONG:
+            self.containers.append((_Bytes(value), value.tobytes()))
+        elif _users(value):
+            self.containers.append((vars(value), dict(vars(value))))
+            inner = vars(value).values()
+        for part in list(inner):
+            self._value(part, depth - 1)
+
+    def _stale(self) -> Iterator[bool]:
+        yield from (own.get(key, _ABSENT) is not value for own, key, value in self.attributes)
+        yield from (_differ(live, known) for live, known in self.containers)
+        yield from (tensor._version != version for tensor, version in self.tensors)
+        yield from (cell.cell_contents is not value for cell, value in self.cells)
+
+    def changed(self) -> bool:
+        """Whether anything is not as it was."""
+        return any(self._stale())
+
+
+class _Bytes:
+    """An array that is compared by its bytes."""
+
+    def __init__(self, array: Any):
+        self.array = array
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self.array.tobytes() == other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _differ(live: Any, known: Any) -> bool:
+    try:
+        return bool(live != known)
+    except Exception:  # entries that cannot be compared, unlike identical ones, are others
+        return True
+
+
+def _users(value: Any) -> bool:
+    """Whether it is an object of a class that is neither Python's nor torch's."""
+    root = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and root not in sys.stdlib_module_names - {"__main__"} and root != "torch"
+
+
+@contextlib.contextmanager
+def reads() -> Iterator[dict[int, set[str]]]:
+    """While active, notes the names of the attributes that are read of each module, by its id."""
+    found: dict[int, set[str]] = {}
+
+    def noting(self: nn.Module, name: str) -> Any:
+        found.setdefault(id(self), set()).add(name)
+        return object.__getattribute__(self, name)
+
+    nn.Module.__getattribute__ = noting  # type: ignore[method-assign,assignment]
+    try:
+        yield found
+    finally:
+        del nn.Module.__getattribute__
