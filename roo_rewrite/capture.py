@@ -30,6 +30,7 @@ from roo_rewrite.inputs import Inputs
 from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
 from roo_rewrite.outputs import unflatten_output
+from roo_rewrite.packed import padded_sequences
 from roo_rewrite.purity import random_kept, twin, untraceable
 from roo_rewrite.swallowed import same_way, watched
 from roo_rewrite.tracing import (
@@ -193,6 +194,7 @@ def _export(
                 around.enter_context(patch)
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())
+            around.enter_context(padded_sequences())
         program = torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict)
     if not strict:
         same_way(run, trace)

@@ -202,8 +202,10 @@ def opaque(model: nn.Module, paths: Sequence[str], sites: list[LeafSite]) -> Ite
         if at is None or (sites[at].path, sites[at].function) != (path, function):
             raise CaptureError("a leaf is called otherwise while tracing than when run")
         tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-        outputs = iter(torch.ops.roo.leaf(tensors, at))
         site = sites[at]
+        if len(tensors) != sum(isinstance(v, Tensor) for v in site.in_values):
+            raise RuntimeError(f"{site.label} takes what the trace keeps in another form, a packed sequence say")
+        outputs = iter(torch.ops.roo.leaf(tensors, at))
         assert site.out_tree is not None
         values = [next(outputs) if isinstance(v, Tensor) else v for v in site.out_values]
         return pytree.tree_unflatten(values, site.out_tree)
