@@ -216,6 +216,30 @@ def test_a_stopped_run_goes_on(small_log, spec, write, tmp_path, monkeypatch):
         assert (out / "data-1" / path.name).stat().st_mtime_ns == stamp
 
 
+@pytest.mark.parametrize("memory", [TINY, 1 << 30])
+def test_a_run_killed_after_it_demoted_goes_on(small_log, spec, write, tmp_path, monkeypatch, same_bits, memory):
+    table = small_log([1, 2, 1, 2] * 8)
+    table = table.set_column(4, "user_name", pa.array([f"u{i}" for i in range(32)]))
+    log, out = write(table, row_group_size=4), tmp_path / "out"
+    real = module.reduce_bucket
+
+    def stop(job, bucket):
+        made = real(job, bucket)
+        if "user_name" in job.columns.impression:
+            raise KeyboardInterrupt
+        return made
+
+    monkeypatch.setattr(module, "reduce_bucket", stop)
+    with pytest.raises(KeyboardInterrupt):
+        to_requests(log, out, spec, "rid", on_conflict="demote", memory=memory)
+    monkeypatch.undo()
+    manifest = to_requests(log, out, spec, "rid", on_conflict="demote", memory=memory)
+    assert manifest.provenance["demoted"] == ["user_name"]
+    assert "user_name" in manifest.columns.impression
+    to_impressions(out, tmp_path / "back.parquet")
+    assert same_bits(pq.read_table(tmp_path / "back.parquet"), table)
+
+
 @pytest.mark.parametrize("side", ["requests", "impressions"])
 def test_a_unit_half_mapped_is_mapped_again(small_log, spec, write, tmp_path, monkeypatch, same_bits, side):
     table = small_log([i % 9 for i in range(60)])
