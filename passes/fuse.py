@@ -25,6 +25,7 @@ from passes.normalize import AUTOCAST
 from roo_rewrite.facts import META as ANNOTATION
 from roo_rewrite.ops.accumulate import linear_onto
 from roo_rewrite.ops.broadcast import jagged_broadcast
+from roo_rewrite.ops.conv import pointwise_conv
 from roo_rewrite.ops.mixed_rate import jagged_apply
 
 aten = torch.ops.aten
@@ -44,6 +45,7 @@ FRESH = {
     jagged_broadcast,
     jagged_apply,
     linear_onto,
+    pointwise_conv,
 }
 # Ops whose backward reads their result, not their operand.
 IN_PLACE = {

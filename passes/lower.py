@@ -14,12 +14,14 @@ Postcondition: no `jagged_broadcast` of plain rows is left.
 from __future__ import annotations
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from passes.fuse import fuse
 from passes.hoist import COUNTS, SIDE
 from passes.mixed_rate import Layouts, mixed_rate
+from passes.normalize import AUTOCAST
 from roo_rewrite.ops.broadcast import jagged_broadcast, request_of
+from roo_rewrite.ops.conv import pointwise_conv
 
 aten = torch.ops.aten
 
@@ -28,6 +30,12 @@ def lower(graph: Graph) -> None:
     """Lowers the hoisted graph in place."""
     layouts = Layouts(graph, next(n for n in graph.nodes if n.op == "placeholder" and n.name == COUNTS))
     mixed_rate(graph, layouts)
+    for node in filter(_is_pointwise, list(graph.nodes)):
+        with graph.inserting_before(node):
+            new = graph.call_function(pointwise_conv, node.args[:3])
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
     fuse(graph, layouts)
     for node in list(graph.nodes):
         if node.target is jagged_broadcast and node.args[3:] == (1, 1):
@@ -45,3 +53,13 @@ def lower(graph: Graph) -> None:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     graph.lint()
+
+
+def _is_pointwise(node: Node) -> bool:
+    """A conv1d on CPU whose window is one entry, over a batch."""
+    if node.target is not aten.conv1d.default or AUTOCAST in node.meta or node.kwargs:
+        return False
+    x, weight = (a.meta["val"] for a in node.args[:2])  # type: ignore[union-attr]
+    # stride, padding, dilation, groups
+    plain = all(given == usual for given, usual in zip(node.args[3:], ([1], [0], [1], 1)))
+    return bool(plain and x.ndim == 3 and weight.shape[2] == 1 and x.device.type == "cpu" and x.dtype == weight.dtype)

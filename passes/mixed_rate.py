@@ -57,11 +57,22 @@ def mixed_rate(graph: Graph, layouts: Layouts) -> None:
         letters = equation.split("->")[0].split(",")[1]
         if not is_broadcast(y) or is_broadcast(x) or len(_shape(y)) != len(letters):
             continue
+        _batch_first(y.args[0])
         layout = layouts.of(y.args[1])
         with graph.inserting_before(node):
             new = graph.call_function(jagged_einsum, (equation, _shaped(graph, x, equation), y.args[0], layout))
         _take_over(graph, node, _like(new, node))
     graph.eliminate_dead_code(is_impure_node=keeps)
+
+
+def _batch_first(node: Any) -> None:
+    """einsum("nhm,bmx->bnhx", W, u) as einsum("bmx,nhm->bnhx", u, W): its rows then lie as the batch reads them."""
+    if node.target is not aten.einsum.default or len(node.args[1]) != 2:
+        return
+    left, arrow, out = node.args[0].partition("->")
+    first, _, second = left.partition(",")
+    if arrow and "." not in left and out[0] in second and out[0] not in first:
+        node.args = (f"{second},{first}->{out}", node.args[1][::-1], *node.args[2:])
 
 
 def at_request_rate(user: Node, node: Node) -> bool:

@@ -1,0 +1,55 @@
+"""pointwise_conv against conv1d, and where it takes its place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import roo_rewrite as roo
+from roo_rewrite.ops.conv import pointwise_conv
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_equals_the_convolution(rows: int, k: int, n: int, length: int, biased: bool) -> None:
+    x = torch.randn(rows, k, length, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(n, k, 1, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(n, dtype=torch.float64, requires_grad=True) if biased else None
+    got, want = pointwise_conv(x, weight, bias), F.conv1d(x, weight, bias)
+    torch.testing.assert_close(got, want)
+    wanted = [t for t in (x, weight, bias) if t is not None]
+    for a, b in zip(torch.autograd.grad((got**2).sum(), wanted), torch.autograd.grad((want**2).sum(), wanted)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "taken"),
+    [
+        ({}, True),
+        ({"bias": False}, True),
+        ({"stride": 2}, False),
+        ({"padding": 1}, False),
+        ({"groups": 2}, False),
+        ({"kernel_size": 3}, False),
+    ],
+)
+def test_only_windows_of_one_entry(options: dict[str, Any], taken: bool) -> None:
+    class Conv(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(4, 4, **{"kernel_size": 1, **options})
+
+        def forward(self, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x) * u
+
+    model = Conv()
+    spec = roo.FeatureSpec(request=["u"], impression=["x"])
+    made = roo.rewrite(model, (torch.randn(8, 1, 1), torch.randn(8, 4, 6)), spec=spec, check=True)
+    roo.verify(model, made, batches=5)
+    assert ("pointwise_conv" in made.code) == taken
