@@ -102,9 +102,11 @@ def _load() -> None:
 
 @dataclass
 class Split:
-    """The result: what was considered, in order."""
+    """The result: what was considered, in order; of attention that lets the request see the impression, what it would
+    see under a mask (by the node of the graph before)."""
 
     candidates: list[Candidate] = field(default_factory=list)
+    unmasked: dict[Node, Tensor] = field(default_factory=dict)
 
 
 def split(
@@ -118,7 +120,7 @@ def split(
     splitter = Splitter(captured, Price(device_of(captured), fanout, captured.batch, mode, otherwise))
     if mode != "never":
         captured.graph = splitter.run()
-    return Split(splitter.price.candidates)
+    return Split(splitter.price.candidates, splitter.unmasked)
 
 
 class Splitter:
@@ -130,6 +132,7 @@ class Splitter:
         self.builder = Builder(captured)
         self.forms: dict[Node, Form | list[Form]] = {}
         self.copies: dict[Node, Node] = {}
+        self.unmasked: dict[Node, Tensor] = {}
         self.chains: dict[Node, tuple[OpOverload, list[Node]]] = {}
 
     def run(self) -> torch.fx.Graph:

@@ -36,6 +36,7 @@ from passes.forms import (
 )
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import broadcast, cut_form
+from passes.split_scores import note, note_scores
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -74,6 +75,8 @@ def _nodes(form: Form) -> list[Node]:
 def softmax(s: Splitter, app: Application) -> Form | None:
     """Parts that are banned weigh 0, and the others are a softmax by themselves."""
     x = app.form("self")
+    if isinstance(x, Blocks) and x.ndim > 2 and app["dim"] % x.ndim == x.ndim - 1:
+        note_scores(s, x)
     if not isinstance(x, Blocks) or x.dim != app["dim"] % x.ndim:
         return None
     banned = [isinstance(p, (Filled, Banned)) and p.value <= LOW for p in x.parts]
@@ -81,7 +84,8 @@ def softmax(s: Splitter, app: Application) -> Form | None:
     if not any(banned) or not rest:
         return None
     lowest = max(p.value for p, b in zip(x.parts, banned) if b and isinstance(p, (Filled, Banned)))
-    if lowest > float("-inf") and not _every_row_sees(s, rest):
+    sees = _every_row_sees(s, rest)
+    if sees is False or (lowest > float("-inf") and sees is None):
         return None
     joined = rest[0] if len(rest) == 1 else Blocks(x.dim, tuple(rest))
     weights = s.apply(app.replaced(self=joined))
@@ -96,33 +100,42 @@ def softmax(s: Splitter, app: Application) -> Form | None:
     return Blocks(x.dim, tuple(parts))
 
 
-def _every_row_sees(s: Splitter, parts: Sequence[Form]) -> bool:
-    """Whether each row of the scores has an entry that no mask can have lowered."""
-    return any(_always_seen(s, s.builder.whole(p), torch.zeros(1, dtype=torch.bool)) for p in parts)
+def _every_row_sees(s: Splitter, parts: Sequence[Form]) -> bool | None:
+    """Whether each row of the scores has an entry that no mask lowers; None where masks are known at run time only.
+
+    A row without one is not a number or counts what is banned; either way it depends on all entries.
+    """
+    found = [_lowered(s, s.builder.whole(p), torch.zeros(1, dtype=torch.bool)) for p in parts]
+    blind = torch.tensor(True)
+    for banned, _ in found:
+        blind = blind & banned.all(-1)
+    if bool(blind.any()):
+        return False
+    return True if any(known and bool((~banned).any(-1).all()) for banned, known in found) else None
 
 
 _SCALES = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
 _SCORES = (aten.bmm.default, aten.matmul.default, aten.einsum.default, aten.mm.default)
 
 
-def _always_seen(s: Splitter, node: Node, banned: Tensor) -> bool:
-    """Whether scores are products lowered by nothing but constant masks that leave every row an entry.
+def _lowered(s: Splitter, node: Node, banned: Tensor) -> tuple[Tensor, bool]:
+    """What constant masks lower of scores, and whether nothing else does.
 
     banned: what the masks between here and the softmax lower; together they may leave less than each alone.
     """
     if node.target in _SCORES:
-        return bool((~banned).any(-1).all())
+        return banned, True
     if node.target in _SCALES:
         source, factor = node.args[:2]
         number = isinstance(factor, (int, float)) or (isinstance(factor, Node) and _scalar(factor))
-        return number and isinstance(source, Node) and _always_seen(s, source, banned)
+        return _lowered(s, source, banned) if number and isinstance(source, Node) else (banned, False)
     if node.target is aten.masked_fill.Scalar:
         mask = evaluate(s.captured, node.args[1])  # type: ignore[arg-type]
-        return mask is not None and _always_seen(s, node.args[0], banned | mask)  # type: ignore[arg-type]
+        return (banned, False) if mask is None else _lowered(s, node.args[0], banned | mask)  # type: ignore[arg-type]
     if node.target is aten.add.Tensor and len(node.args) == 2:
         bias = evaluate(s.captured, node.args[1]) if isinstance(node.args[1], Node) else None
-        return bias is not None and _always_seen(s, node.args[0], banned | (bias <= LOW))  # type: ignore[arg-type]
-    return False
+        return (banned, False) if bias is None else _lowered(s, node.args[0], banned | (bias <= LOW))  # type: ignore[arg-type]
+    return banned, False
 
 
 def _scalar(node: Node) -> bool:
@@ -191,11 +204,27 @@ def attention(s: Splitter, app: Application) -> Form | None:
         plan.append((cut_form(s, q, seq, *rows), rows, seen))
         moved += sum(provenance(k.parts[j]) is not Provenance.IMPRESSION for j in seen)
         start += size
+    _note_blind(s, [(provenance(part), rows) for part, rows, _ in plan], k, mask)
     if not moved or not _pays(s, q, k, plan):
         return None
     for part, rows, seen in plan:
         parts.append(_rows(s, app, part, k, v, seen, mask, rows))
     return parts[0] if len(parts) == 1 else Blocks(seq, tuple(parts))
+
+
+def _note_blind(s: Splitter, queries: Sequence[tuple[Provenance, tuple[int, int]]], k: Blocks, mask: Any) -> None:
+    """Notes what the rows of the request would still see if they did not see the impression."""
+    visible = torch.ones(queries[-1][1][1], sum(k.sizes), dtype=torch.bool)
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        visible = mask.clone() if mask.dtype == torch.bool else mask > LOW
+    forbidden = torch.zeros_like(visible)
+    for side, rows in queries:
+        start = 0
+        for part, size in zip(k.parts, k.sizes):
+            apart = side is not Provenance.IMPRESSION and provenance(part) is Provenance.IMPRESSION
+            forbidden[rows[0] : rows[1], start : start + size] = apart
+            start += size
+    note(s, visible, forbidden)
 
 
 _UNKNOWN = object()

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 import passes.annotate
 import passes.hoist
 import passes.lower
+import passes.mask_gain
 import passes.normalize
 import passes.partition
 import passes.split
@@ -171,15 +172,15 @@ def _build(
     )
 
 
-def _split(captured: Captured, options: Options) -> Sequence[Any]:
+def _split(captured: Captured, options: Options) -> passes.split.Split:
     """Splits the graph; where that fails it stays as it is."""
     try:
-        return passes.split.split(captured, options.fanout, options.split, options.otherwise).candidates
+        return passes.split.split(captured, options.fanout, options.split, options.otherwise)
     except Exception as e:  # a fault of ours must not keep a model from being hoisted
         if options.check:
             raise
         captured.notes.append(f"nothing was split, please report it: {type(e).__name__}: {e}")
-        return ()
+        return passes.split.Split()
 
 
 def _stages(
@@ -192,21 +193,50 @@ def _stages(
     return Stages(lambda: furnished(original, captured, name), captured, batch, inputs, name).after
 
 
+def _note_masks(
+    captured: Captured,
+    unsplit: Graph,
+    found: passes.split.Split,
+    plan: passes.partition.Partition,
+    inputs: Inputs,
+    options: Options,
+) -> None:
+    """A note of what a mask would gain; a fault in it changes nothing else."""
+    try:
+        note = passes.mask_gain.mask_gain(captured, unsplit, found.unmasked, plan, lambda c: _plan(c, inputs, options))
+    except Exception as e:
+        if options.check:
+            raise
+        note = f"what a mask would gain is not known, please report it: {type(e).__name__}: {e}"
+    captured.notes += [] if note is None else [note]
+
+
+def _plan(captured: Captured, inputs: Inputs, options: Options) -> passes.partition.Partition:
+    """The plan of a graph, for comparison."""
+    policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
+    passes.annotate.annotate(captured, inputs, captured.model, policy)
+    _split(captured, options)
+    passes.annotate.annotate(captured, inputs, captured.model, policy)
+    return passes.partition.partition(captured, options.fanout)
+
+
 def _compile(
     captured: Captured, inputs: Inputs, options: Options, name: str, after: Callable[[str, Graph, Provenance], None]
 ) -> Program:
     policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
     after("normalize", captured.graph, Provenance.IMPRESSION)
     passes.annotate.annotate(captured, inputs, captured.model, policy)
-    candidates = _split(captured, options)
+    unsplit = captured.graph
+    found = _split(captured, options)
     after("split", captured.graph, Provenance.IMPRESSION)
     passes.annotate.annotate(captured, inputs, captured.model, policy)
     legality.annotated(captured.graph)
     plan = passes.partition.partition(captured, options.fanout)
+    _note_masks(captured, unsplit, found, plan, inputs, options)
     graph = passes.hoist.hoist(captured, inputs, plan)
     legality.hoisted(graph)
     after("hoist", graph, Provenance.REQUEST)
     passes.lower.lower(graph)
     after("lower", graph, Provenance.REQUEST)
     rename(graph, name)
-    return Program(captured, emit(graph), plan=plan, candidates=tuple(candidates))
+    return Program(captured, emit(graph), plan=plan, candidates=tuple(found.candidates))

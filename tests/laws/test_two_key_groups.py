@@ -134,3 +134,21 @@ def test_a_mask_that_changes_is_noticed(law: Any) -> None:
     found.equal()
     found.original.seen = causal(4).t()
     found.equal()
+
+
+@pytest.mark.parametrize("how", ["added", "filled", "fused"])
+@pytest.mark.parametrize("low", sorted(LOW))
+def test_rows_that_see_nothing_are_those_of_the_original(law: Any, how: str, low: str) -> None:
+    """Under a strict causal mask the first row is not a number (or sees all that is banned), and so are gradients."""
+
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        strict = torch.ones(5, 5, dtype=torch.bool).triu(0)
+        if how == "fused":
+            return F.scaled_dot_product_attention(h, h, h, attn_mask=~strict)
+        scores = h @ h.transpose(1, 2)
+        mask = torch.zeros(5, 5).to(h).masked_fill(strict, LOW[low])
+        scores = scores + mask if how == "added" else scores.masked_fill(strict, LOW[low])
+        return scores.softmax(-1) @ h
+
+    law(Model(run), u=(3, 4), x=(2, 4))
