@@ -14,6 +14,7 @@ every op from the request inputs to here has a rule that showed it row-wise, and
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ from roo_rewrite.facts import (
     Several,
     Size,
     annotation,
+    computed_lengths,
 )
 from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Atom, Inputs
@@ -53,6 +55,18 @@ from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, 
 
 aten = torch.ops.aten
 WEIGHTED = "roo_weighted"
+# Ops that take lengths: a number for each row, how many jagged values are its own.
+_COUNTING = {
+    "aten.cumsum.default",
+    "aten.repeat_interleave.self_Tensor",
+    "aten.segment_reduce.default",
+    "fbgemm.asynchronous_complete_cumsum.default",
+    "fbgemm.asynchronous_exclusive_cumsum.default",
+    "fbgemm.asynchronous_inclusive_cumsum.default",
+    "fbgemm.pack_segments.default",
+}
+# Stands for a size that only a run can tell, a total of lengths: a prime that is no other size.
+_AT_RUN_TIME = 999_983
 
 
 @dataclass(frozen=True)
@@ -136,7 +150,8 @@ def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) 
     if random and find(str(node.target)) is None:
         raise NotRowWise("draws random numbers for every impression")
     outputs = [[_hint(s) for s in t.shape] for t in _tensors(node.meta["val"])]
-    call = make_call(node.target, node.args, node.kwargs, lambda a: _operand(captured, a), captured.batch, outputs)
+    operand = functools.partial(_operand, captured, counting=str(node.target) in _COUNTING)
+    call = make_call(node.target, node.args, node.kwargs, operand, captured.batch, outputs)
     special = _special(node, call.args, policy)
     return infer(call) if special is None else special
 
@@ -162,14 +177,18 @@ def _leaf(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> B
     return probe(site, model, batchings, captured.batch, site.path in policy.row_wise_leaves)
 
 
-def _operand(captured: Captured, value: Any) -> Any:
+def _operand(captured: Captured, value: Any, counting: bool = False) -> Any:
     if isinstance(value, Node):
         meaning = value.meta.get("val")
         if isinstance(meaning, Tensor):
-            return Operand(
-                tuple(_extent(captured, s) for s in meaning.shape), annotation(value).batching, meaning.dtype
-            )
+            batching = annotation(value).batching
+            counts = counting and meaning.ndim == 1 and not meaning.is_floating_point() and meaning.dtype != torch.bool
+            if counts and batching == Rows(0):
+                batching = Lengths(lengths=computed_lengths(value))
+            return Operand(tuple(_extent(captured, s) for s in meaning.shape), batching, meaning.dtype)
         if isinstance(meaning, torch.SymInt):
+            if not captured.expr(meaning).is_Integer and not meaning.node.has_hint():
+                raise NotRowWise("a size is known only at run time")
             return _extent(captured, meaning)
         if isinstance(meaning, (torch.SymFloat, torch.SymBool)):
             raise NotRowWise("a number computed from the batch size is used")
@@ -184,9 +203,7 @@ def _extent(captured: Captured, size: int | torch.SymInt) -> int:
 
 def _hint(size: int | torch.SymInt) -> int:
     if isinstance(size, torch.SymInt):
-        if not size.node.has_hint():
-            raise NotRowWise("a size is known only at run time")
-        return int(size.node.hint)
+        return int(size.node.hint) if size.node.has_hint() else _AT_RUN_TIME
     return size
 
 

@@ -28,7 +28,7 @@ from passes.annotate import WEIGHTED
 from passes.functionalize import keeps
 from passes.partition import Partition
 from roo_rewrite.capture import Captured
-from roo_rewrite.facts import Lengths, Provenance, Ragged, Replicated, Rows, Size, annotation
+from roo_rewrite.facts import Lengths, Offsets, Provenance, Ragged, Replicated, Rows, Size, annotation, computed_lengths
 from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import jagged_broadcast, jagged_select, request_of
@@ -148,13 +148,35 @@ class _Hoist:
                 rows = self._mark(self.graph.call_function(request_of, (self.counts, self._impression_rows())))
                 self.request_of = rows
             if isinstance(batching, Ragged):
-                keeper = next(a for a in self.atoms if annotation(a).batching == Lengths(lengths=batching.lengths))
-                made = self.graph.call_function(jagged_select, (value, self.at_request[keeper], rows))
+                made = self.graph.call_function(jagged_select, (value, self._lengths(batching.lengths), rows))
+            elif isinstance(batching, Offsets):
+                made = self._offsets(batching, node.meta["val"].dtype, rows)
             else:
                 assert isinstance(batching, Rows)
                 place = (batching.dim, batching.outer, batching.inner)
                 made = self.graph.call_function(jagged_broadcast, (value, rows, *place))
             self.at_impression[node] = self._mark(made, node)
+
+    def _lengths(self, name: str) -> Node:
+        """The lengths of a jagged pair at R rows, an input or computed."""
+        before, self.side = self.side, Provenance.REQUEST
+        for node in self.captured.graph.nodes:
+            if annotation(node).batching == Lengths(lengths=name) or computed_lengths(node) == name:
+                break
+        made = self._request(node)
+        self.side = before
+        assert isinstance(made, Node)
+        return made
+
+    def _offsets(self, kind: Offsets, dtype: torch.dtype, rows: Node) -> Node:
+        """The offsets at I rows, from the lengths."""
+        call = self.graph.call_function
+        lengths = self._mark(call(jagged_broadcast, (self._lengths(kind.lengths), rows, 0, 1, 1)))
+        ends = self._mark(call(aten.cumsum.default, (lengths, 0), {"dtype": dtype}))
+        if not kind.first:
+            return ends
+        offsets = self._mark(call(aten.constant_pad_nd.default, (ends, [1, 0])))
+        return offsets if kind.last else self._mark(call(aten.slice.Tensor, (offsets, 0, 0, -1)))
 
     # -- sizes
 

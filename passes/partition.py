@@ -24,7 +24,7 @@ from torch.fx import Node
 from passes.mixed_rate import at_request_rate
 from roo_rewrite.capture import Captured
 from roo_rewrite.cost import NOMINAL_IMPRESSIONS, cost, device_of, nbytes
-from roo_rewrite.facts import Annotation, Provenance, Ragged, Replicated, Rows, Several, Size, annotation
+from roo_rewrite.facts import Annotation, Offsets, Provenance, Ragged, Replicated, Rows, Several, Size, annotation
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,14 @@ def reads_value(node: Node) -> bool:
 def may_move(node: Node) -> bool:
     """Whether a node is proved to depend on its request alone."""
     known = annotation(node)
-    return known.provenance is Provenance.REQUEST and isinstance(known.batching, (Rows, Ragged, Replicated, Several))
+    return known.provenance is Provenance.REQUEST and isinstance(
+        known.batching, (Rows, Ragged, Offsets, Replicated, Several)
+    )
 
 
 def is_bundle(node: Node) -> bool:
-    """A node with several outputs: its parts cross, not it."""
-    return isinstance(annotation(node).batching, Several)
+    """A node with several outputs, or a list: its parts cross, not it."""
+    return isinstance(annotation(node).batching, Several) or isinstance(node.meta.get("val"), (list, tuple))
 
 
 def _reason(node: Node, inside: set[Node]) -> str:

@@ -60,7 +60,7 @@ class RowIndex(Batching):
 class Ragged(Batching):
     """The values of a jagged pair: dim 0 is the rows of all requests, one after the other.
 
-    `lengths` is the graph input holding how many belong to each batch row.
+    `lengths` names what holds how many belong to each batch row: a graph input, or see `computed_lengths`.
     """
 
     lengths: str
@@ -98,6 +98,11 @@ class Several(Batching):
     """The batching of each output of an op with several."""
 
     parts: tuple[Batching, ...]
+
+
+def computed_lengths(node: torch.fx.Node) -> str:
+    """The name of lengths that the graph computes: `[B]` whole numbers, row by row."""
+    return f"%{node.name}"
 
 
 def parts(batching: Batching) -> tuple[Batching, ...]:
