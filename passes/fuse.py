@@ -165,6 +165,8 @@ def _apply(graph: Graph, node: Node, layouts: Layouts) -> None:
     x, y = _operands(node)
     if not is_broadcast(y) or is_broadcast(x) or not isinstance(x, Node) or list(y.users) != [node]:
         return
+    if not isinstance(x.meta.get("val"), Tensor):  # a number of rows
+        return
     shapes = [tuple(n.meta["val"].shape) for n in (x, y, node)]
     if len({len(s) for s in shapes}) > 1 or str(shapes[0][0]) != str(shapes[2][0]):
         return
