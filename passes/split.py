@@ -91,7 +91,8 @@ class Application:
         return args, kwargs
 
 
-_TOPICS = "blocks joins picks views sums linear chains addmm conv products einsum reductions norms batch_norm attention"
+_TOPICS = """blocks joins picks views sums linear chains addmm conv products einsum reductions extremes norms batch_norm
+attention"""
 
 
 def _load() -> None:

@@ -24,7 +24,7 @@ aten = torch.ops.aten
 def total(s: Splitter, app: Application) -> Form | None:
     """A sum or mean over a cut dim is the sum of those of each side, weighted for a mean."""
     x = app.form("self")
-    dims = _dims(app, x)
+    dims = reduced_dims(app, x)
     if dims is None or app.named.get("dtype") not in (None, dtype_of(x)):
         return None
     if isinstance(x, Squared) and dims == [x.inner.dim]:
@@ -70,11 +70,11 @@ def by_side(s: Splitter, x: Blocks) -> list[Form]:
     return out
 
 
-@handles("aten.amax.default", "aten.amin.default", "aten.any.dim", "aten.all.dim", "aten.prod.dim_int")
+@handles("aten.any.dim", "aten.all.dim", "aten.prod.dim_int")
 def chained(s: Splitter, app: Application) -> Form | None:
     """A reduction that is associative and commutative, combined pairwise."""
     x = app.form("self")
-    dims = _dims(app, x)
+    dims = reduced_dims(app, x)
     if not isinstance(x, Blocks) or dims is None or x.dim not in dims:
         return None
     combine = {
@@ -90,7 +90,8 @@ def chained(s: Splitter, app: Application) -> Form | None:
     return result
 
 
-def _dims(app: Application, x: Form) -> list[int] | None:
+def reduced_dims(app: Application, x: Form) -> list[int] | None:
+    """The dims an op reduces; None where it takes all."""
     dims: Any = app["dim"]
     if dims is None or isinstance(dims, int):
         dims = [dims] if isinstance(dims, int) else []

@@ -54,10 +54,48 @@ def test_a_mean_over_another_dim_is_taken_block_by_block(law: Any) -> None:
     assert aten.mean.dim in law(Model(run), u=(2, 3), x=(4, 3)).moved()
 
 
-@pytest.mark.parametrize("name", ["max", "logsumexp", "median", "argmax", "cumsum"])
+@few
+@given(fields(2, 3), st.booleans(), st.sampled_from([(1,), (1, 2), (-1, 1)]))
+def test_logsumexp_is_taken_of_each_side(law: Any, drawn: dict[str, int], keepdim: bool, dims: tuple[int, ...]) -> None:
+    names = list(drawn)
+
+    def run(m: Model, **inputs: Tensor) -> Tensor:
+        both = side_by_side(inputs, names, 1)
+        banned = both.masked_fill(both > 0.5, float("-inf"))
+        return both.logsumexp(dims, keepdim) + banned.exp().sum(dims, keepdim)
+
+    assert aten.logsumexp.default in law(Model(run), **{f: (w, 2) for f, w in drawn.items()}).moved()
+
+
+@few
+@given(fields(2, 3), st.sampled_from(["amax", "amin"]), st.sampled_from([(1,), (1, 2)]), st.booleans())
+def test_ties_share_their_gradient_as_before(
+    law: Any, drawn: dict[str, int], name: str, dims: tuple[int, ...], infinite: bool
+) -> None:
+    names = list(drawn)
+
+    def run(m: Model, **inputs: Tensor) -> Tensor:
+        both = side_by_side(inputs, names, 1).relu()  # zeros on both sides
+        both = torch.where(both > 0, both.round(), float("-inf")) if infinite else both.round()
+        return getattr(both, name)(dims).clamp(-9)
+
+    found = law(Model(run), **{f: (w, 2) for f, w in drawn.items()})
+    assert any(t.startswith(name) for t in found.took())
+
+
+def test_low_precision_is_as_good_as_the_original(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        both = torch.cat([u, x], 1)
+        return both.logsumexp(1) + both.amax(1) + both.mean(1) - both.prod(1)
+
+    law(Model(run), u=(16, 3), x=(8, 3)).precise()
+
+
+@pytest.mark.parametrize("name", ["max", "softmax", "median", "argmax", "cumsum"])
 def test_declines_what_is_no_sum(law: Any, name: str) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Any:
-        out = getattr(torch.cat([u, x], 1), name)(1)
+        both = torch.cat([u, x], 1)
+        out = both.softmax(1) if name == "softmax" else getattr(both, name)(1)
         return out if isinstance(out, Tensor) else tuple(out)
 
     found = law(Model(run), u=(3, 2), x=(4, 2))
