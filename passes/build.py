@@ -33,6 +33,7 @@ aten = torch.ops.aten
 
 
 _MANY = 4
+_FEW = 4  # slices that are copied faster than picked entry by entry
 
 
 class Builder:
@@ -92,13 +93,15 @@ class Builder:
         raise TypeError(f"no form: {form!r}")
 
     def pick(self, node: Node, dim: int, index: Sequence[int]) -> Node:
-        """Entries of `node` along `dim`: a slice where they are consecutive."""
-        size = int(node.meta["val"].shape[dim])
-        if list(index) == list(range(size)):
+        """Entries of `node` along `dim`: slices where consecutive; of a scaled weight, those of both factors."""
+        if list(index) == list(range(int(node.meta["val"].shape[dim]))):
             return node
-        first = index[0] if index else 0
-        if list(index) == list(range(first, first + len(index))):
-            return self.call(aten.slice.Tensor, node, dim, first, first + len(index))
+        if node.target is aten.mul.Tensor and node.meta[PROVENANCE] is Provenance.CONSTANT and _alike(node):
+            factors = [f if f.meta["val"].shape[dim] == 1 else self.pick(f, dim, index) for f in node.all_input_nodes]
+            return self.call(aten.mul.Tensor, *factors)
+        runs = _runs(index)
+        if len(runs) <= _FEW:
+            return self.cat([self.call(aten.slice.Tensor, node, dim, *run) for run in runs], dim)
         return self.call(aten.index_select.default, node, dim, self.constant(index))
 
     def constant(self, values: Sequence[int]) -> Node:
@@ -244,3 +247,20 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, dict):
         return tuple(sorted((k, _frozen(v)) for k, v in value.items()))
     return (type(value), value) if isinstance(value, (int, float, bool)) else value
+
+
+def _runs(index: Sequence[int]) -> list[tuple[int, int]]:
+    """Consecutive entries, as half-open ranges; no entry is one empty range."""
+    runs: list[tuple[int, int]] = []
+    for i in index:
+        if runs and runs[-1][1] == i:
+            runs[-1] = (runs[-1][0], i + 1)
+        else:
+            runs.append((i, i + 1))
+    return runs or [(0, 0)]
+
+
+def _alike(node: Node) -> bool:
+    """Whether a product has two tensors of as many dims as it."""
+    dims = [n.meta["val"].ndim for n in node.all_input_nodes]
+    return len(node.args) == 2 and dims == [node.meta["val"].ndim] * 2

@@ -226,9 +226,7 @@ def memory(limit: int, times: int, profile: str) -> None:
         forward = peak(f"to_requests({given}, 'request_id', {rest})")
         reverse = peak(f"to_impressions({str(out)!r}, {str(back)!r}, memory={limit << 20})")
         back_rows = sum(same_rows(log, back))
-        click.echo(
-            "| log | impressions | limit MiB | to-requests MiB | to-impressions MiB | rows the same, in order |"
-        )
+        click.echo("| log | impressions | limit MiB | to-requests MiB | to-impressions MiB | rows the same, in order |")
         click.echo("|---|---:|---:|---:|---:|---:|")
         click.echo(f"| {profile} | {rows:,} | {limit} | {forward:.0f} | {reverse:.0f} | {back_rows:,} |")
 
