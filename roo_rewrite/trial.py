@@ -40,6 +40,10 @@ _LARGE = 1_000_000
 _LOOSER = {torch.float64: torch.float32, torch.float32: torch.float16}
 
 
+class _OriginalFailsError(Exception):
+    """The original cannot run the batch."""
+
+
 class Trial:
     """Two copies of a model: one runs the original's code, one the program. Parameters are the model's own."""
 
@@ -60,24 +64,48 @@ class Trial:
         self.precision = _precision(program.captured)
 
     def mismatch(self, example: Sequence[Tensor]) -> str | None:
-        """What differs on small batches, in words: outputs, buffers after the call, gradients."""
+        """What differs on small batches, in words: outputs, buffers after the call, gradients.
+
+        A batch that the original cannot run says nothing. Where that is so for all of them, the example itself is
+        tried, every row of it a request.
+        """
         generator = torch.Generator().manual_seed(0)
-        for index, counts in enumerate(_COUNTS):
-            if not self.program.accepts(sum(counts)):
-                continue
-            batch = draw_batch(self.inputs, example, counts, generator)
-            found = self._differ(batch, index == 0, self.precision)
-            if found is None:
-                continue
-            loose = _LOOSER.get(self.precision, self.precision)
-            far = self._differ(batch, index == 0, loose) is not None
-            try:
-                noisy = self._noisy(batch, index == 0, loose if far else self.precision)
-            except Exception:  # what fails is no noise
-                noisy = False
-            if not noisy:
-                return f"{found}, num_impressions={counts}"
-        return None
+        drawn = [draw_batch(self.inputs, example, c, generator) for c in _COUNTS if self.program.accepts(sum(c))]
+        failure: str | None = None
+        for batches in (drawn, [self._example(example)]):
+            ran = not batches
+            for index, batch in enumerate(batches):
+                try:
+                    found = self._found(batch, index == 0)
+                except _OriginalFailsError as e:
+                    failure = str(e)
+                    continue
+                ran = True
+                if found is not None:
+                    return f"{found}, num_impressions={batch.counts.tolist()}"
+            if ran:
+                return None
+        return failure
+
+    def _found(self, batch: Batch, gradients: bool) -> str | None:
+        """What differs on one batch, unless it is noise."""
+        found = self._differ(batch, gradients, self.precision)
+        if found is None:
+            return None
+        loose = _LOOSER.get(self.precision, self.precision)
+        far = self._differ(batch, gradients, loose) is not None
+        try:
+            noisy = self._noisy(batch, gradients, loose if far else self.precision)
+        except Exception:  # what fails is no noise
+            noisy = False
+        return None if noisy else found
+
+    def _example(self, example: Sequence[Tensor]) -> Batch:
+        """Every row of the example is a request of two impressions, its own and the next."""
+        rows = self.inputs.rows(example, Provenance.IMPRESSION) or self.inputs.rows(example, Provenance.REQUEST) or 0
+        twice = (torch.arange(2 * rows) // 2 + torch.arange(2 * rows) % 2) % max(rows, 1)
+        atoms = self.inputs.select(example, twice, [Provenance.IMPRESSION])
+        return Batch([t.detach().clone() for t in atoms], torch.full((rows,), 2))
 
     def fails_empty(self, example: Sequence[Tensor]) -> bool:
         """Whether the original runs on an empty batch, where the trace, which never saw one, may differ."""
@@ -121,7 +149,7 @@ class Trial:
             except Exception as e:  # whatever user code raises
                 if gradients:  # inputs that are changed in place, say
                     return self._differ(batch, False, precision)
-                return f"the original fails on a batch: {type(e).__name__}: {e}"
+                raise _OriginalFailsError(f"the original fails on a batch: {type(e).__name__}: {e}") from e
             try:
                 found = self._program(batch)
             except Exception as e:

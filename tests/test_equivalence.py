@@ -264,3 +264,21 @@ def test_a_wrong_value_is_found_where_the_original_has_no_backward(broken: Calla
     model, rewritten = broken(wrong_value, NoBackward)
     with pytest.raises(roo.EquivalenceError, match="output 0 is off"):
         roo.verify(model, rewritten, batches=8)
+
+
+class LongOnly(Model):
+    """Runs where some request has a flag set, and on no batch without."""
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        torch._assert_async((u[:, 0] > 5).any())
+        return super().forward(u, x)
+
+
+def test_a_batch_that_the_original_cannot_run_says_nothing() -> None:
+    model, (u, x) = LongOnly(), example(rows=40)
+    u[3, 0] = 6.0
+    rewritten = roo.rewrite(model, (u, x), spec=SPEC)
+    assert rewritten._whole_program().emitted is not None
+    counts = torch.full((40,), 2)
+    want = model(u.repeat_interleave(2, 0), x.repeat(2, 1))
+    torch.testing.assert_close(rewritten(u, x.repeat(2, 1), num_impressions=counts), want)
