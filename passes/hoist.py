@@ -54,6 +54,7 @@ class _Hoist:
         self.at_impression: dict[Node, Any] = {}
         self.sizes: dict[tuple[Provenance, sympy.Expr], Any] = {}
         self.side = Provenance.REQUEST
+        self.request_of: Node | None = None
 
     def run(self) -> Graph:
         nodes = list(self.captured.graph.nodes)
@@ -137,25 +138,31 @@ class _Hoist:
         return self.graph.call_function(getattr, (source, "device"))
 
     def _broadcasts(self) -> None:
-        rows: Node | None = None
         for node in self.residuals:
-            batching = annotation(node).batching
-            value = self.at_request[node]
-            if isinstance(batching, Replicated):
-                self.at_impression[node] = value
-                continue
-            if rows is None:
-                rows = self._mark(self.graph.call_function(request_of, (self.counts, self._impression_rows())))
-                self.request_of = rows
-            if isinstance(batching, Ragged):
-                made = self.graph.call_function(jagged_select, (value, self._lengths(batching.lengths), rows))
-            elif isinstance(batching, Offsets):
-                made = self._offsets(batching, node.meta["val"].dtype, rows)
-            else:
-                assert isinstance(batching, Rows)
-                place = (batching.dim, batching.outer, batching.inner)
-                made = self.graph.call_function(jagged_broadcast, (value, rows, *place))
-            self.at_impression[node] = self._mark(made, node)
+            self._cross(node)
+
+    def _cross(self, node: Node) -> None:
+        """A request-level value, once for each impression."""
+        batching, value = annotation(node).batching, self.at_request[node]
+        if isinstance(batching, Replicated):
+            self.at_impression[node] = value
+            return
+        rows = self._request_of()
+        if isinstance(batching, Ragged):
+            made = self.graph.call_function(jagged_select, (value, self._lengths(batching.lengths), rows))
+        elif isinstance(batching, Offsets):
+            made = self._offsets(batching, node.meta["val"].dtype, rows)
+        else:
+            assert isinstance(batching, Rows)
+            place = (batching.dim, batching.outer, batching.inner)
+            made = self.graph.call_function(jagged_broadcast, (value, rows, *place))
+        self.at_impression[node] = self._mark(made, node)
+
+    def _request_of(self) -> Node:
+        """The request of each impression."""
+        if self.request_of is None:
+            self.request_of = self._mark(self.graph.call_function(request_of, (self.counts, self._impression_rows())))
+        return self.request_of
 
     def _lengths(self, name: str) -> Node:
         """The lengths of a jagged pair at R rows, an input or computed."""
@@ -216,9 +223,17 @@ class _Hoist:
         """A number known only at run time, or no plain integer: computed as in the original, on its side."""
         known = self.at_request if side is Provenance.REQUEST else self.at_impression
         if node not in known:
+            if side is Provenance.IMPRESSION:
+                for x in node.all_input_nodes:
+                    self._measured(x)
             made = self.graph.node_copy(node, self._request if side is Provenance.REQUEST else self._impression)
             known[node] = self._mark(made, node)
         return known[node]
+
+    def _measured(self, x: Node) -> None:
+        """A request-level value that does not cross, but of which the impression side needs the size, crosses for it."""
+        if x in self.inside and x not in self.at_impression and not isinstance(annotation(x).batching, Size):
+            self._cross(x)
 
     def _emit(self, expr: sympy.Expr, side: Provenance) -> Any:
         key = (side, expr)

@@ -146,3 +146,30 @@ def test_offsets_of_unequal_pairs_are_refused() -> None:
     model = Model(lambda w, v, o: F.embedding_bag(v, w, o)).eval()
     with pytest.raises(roo.SpecError, match=r"neither lengths .* nor offsets"):
         roo.rewrite(model, (torch.arange(4), torch.tensor([3, 1, 2, 0, 0, 9]), item()), spec=spec)
+
+
+class TargetPerValue(nn.Module):
+    """The item is repeated for each value of the user's history: the impressions need the number of values, no value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(IDS, 1)  # narrower than an id, so that ids do not cross
+
+    def forward(self, hist_values: Tensor, hist_rows: Tensor, item: Tensor) -> Tensor:
+        target = self.table(item)
+        target = target - target.mean(0)
+        wide = target.repeat_interleave(hist_rows, 0, output_size=hist_values.shape[0])
+        return torch.segment_reduce((self.table(hist_values) * wide).sum(1), "sum", lengths=hist_rows)
+
+
+def test_the_number_of_values_is_known_on_both_sides() -> None:
+    values, lengths = pair("lengths")
+    spec = roo.FeatureSpec(request=["hist*"], impression=["item"], jagged={"hist_values": "hist_rows"})
+    model = TargetPerValue()
+    rewritten = roo.rewrite(model, (values, lengths, item()), spec=spec, fanout=16, check=True)
+    roo.verify(model, rewritten)
+    counts = torch.tensor([2, 1, 0, 3, 0, 0])
+    user = rewritten.request_part(values, lengths, num_impressions=counts)
+    found = rewritten.impression_part(user, item(), num_impressions=counts)
+    torch.testing.assert_close(found, rewritten(values, lengths, item(), num_impressions=counts))

@@ -200,7 +200,7 @@ def listing(made: Case) -> str:
 def _shown(node: Node) -> str:
     value = node.meta.get("value")
     return (
-        str([s if isinstance(s, int) else "B" * (s.times == 1) or f"{s.times}*{s.of}" for s in value.shape])
+        str([s if isinstance(s, int) else (s.of if s.times == 1 else f"{s.times}*{s.of}") for s in value.shape])
         if isinstance(value, Value)
         else ""
     )
