@@ -231,7 +231,7 @@ class _Hoist:
         return known[node]
 
     def _measured(self, x: Node) -> None:
-        """A request-level value that does not cross, but of which the impression side needs the size, crosses for it."""
+        """A request-level value that does not cross does so where the impression side needs its size."""
         if x in self.inside and x not in self.at_impression and not isinstance(annotation(x).batching, Size):
             self._cross(x)
 

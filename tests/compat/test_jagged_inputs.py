@@ -149,7 +149,7 @@ def test_offsets_of_unequal_pairs_are_refused() -> None:
 
 
 class TargetPerValue(nn.Module):
-    """The item is repeated for each value of the user's history: the impressions need the number of values, no value."""
+    """The item is repeated for each value of the history: the impressions need the number of values, no value."""
 
     def __init__(self) -> None:
         super().__init__()
