@@ -1,13 +1,18 @@
-"""Dropout without chance: for comparing two programs that draw their masks in another order."""
+"""What is chance and what is rounding in a result: dropout without chance, and entries that a shake moves."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from roo_rewrite.purity import duplicate
+
 aten = torch.ops.aten
+SHAKES = 3  # by one, an entry may stay where it is by chance
 
 
 class SteadyNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -22,3 +27,61 @@ class SteadyNoise(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten.native_dropout.default:
             return args[0].clone(), torch.ones_like(args[0], dtype=torch.bool)
         return func(*args, **(kwargs or {}))
+
+
+Values = Sequence[Tensor | None]
+
+
+def steadied(found: Values, expected: Values, runs: Sequence[tuple[Values, Values]], limit: float) -> list[Any]:
+    """`found`, but for those entries that are noise taken from `expected`: all others are to be judged.
+
+    runs: results of a model and of the same model shaken. An entry is noise where one differs from the other by
+    more than `limit` of the largest.
+    """
+    made: list[Any] = []
+    for i, (got, want) in enumerate(zip(found, expected)):
+        pairs = [(a[i], b[i]) for a, b in runs if i < min(len(a), len(b))]
+        if got is None or want is None or got.numel() != want.numel():
+            made.append(got)
+            continue
+        flat, true = _dense(got), _dense(want)
+        noise = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
+        for a, b in pairs:
+            if a is not None and b is not None and a.numel() == b.numel() == flat.numel():
+                noise |= _moved(a, b, limit)
+        made.append(torch.where(noise, true.to(flat.dtype), flat).reshape(got.shape))
+    return made
+
+
+def _moved(one: Tensor, other: Tensor, limit: float) -> Tensor:
+    one, other = _dense(one), _dense(other)
+    if not one.is_floating_point() and not one.is_complex():
+        return one != other
+    scale = torch.nan_to_num(one.abs(), 0.0, 0.0, 0.0).max().clamp_min(1e-3) if one.numel() else 1.0
+    same = (one == other) | (one.isnan() & other.isnan())
+    return ~(same | ((one - other).abs() <= limit * scale))
+
+
+def judged(found: Values, steady: Values) -> bool:
+    """Whether most entries were left to be judged."""
+    pairs = [(a, b) for a, b in zip(found, steady) if a is not None and b is not None and a.numel() == b.numel()]
+    changed = sum(int((_dense(a) != _dense(b)).sum()) for a, b in pairs)
+    return 2 * changed <= sum(a.numel() for a, _ in pairs)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor.to_dense().flatten() if tensor.layout != torch.strided else tensor.flatten()
+
+
+def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy with every parameter off by a few units in the last place: what that changes is noise.
+
+    Batch norm over one request, or the direction of a vector that should be 0, is nothing else.
+    """
+    made, generator = duplicate(module), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in made.parameters():
+            if p.is_floating_point():
+                drawn = 2 * torch.rand(p.shape, generator=generator, dtype=torch.float64).to(p) - 1
+                p.mul_(1 + 4 * torch.finfo(p.dtype).eps * drawn)
+    return made

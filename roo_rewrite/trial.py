@@ -23,7 +23,6 @@ from roo_rewrite.equivalence import (
     draw_batch,
     gradients_differ,
     noise,
-    shaken,
     tolerance,
     weighted,
 )
@@ -31,7 +30,7 @@ from roo_rewrite.errors import EquivalenceError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import tensors_of
-from roo_rewrite.noise import SteadyNoise
+from roo_rewrite.noise import SHAKES, SteadyNoise, judged, shaken, steadied
 from roo_rewrite.program import Program, holder
 from roo_rewrite.purity import random_kept, twin
 
@@ -72,33 +71,33 @@ class Trial:
         generator = torch.Generator().manual_seed(0)
         drawn = [draw_batch(self.inputs, example, c, generator) for c in _COUNTS if self.program.accepts(sum(c))]
         failure: str | None = None
+        noise, sharp = "", False
         for batches in (drawn, [self._example(example)]):
             ran = not batches
             for index, batch in enumerate(batches):
                 try:
-                    found = self._found(batch, index == 0)
+                    found, most = self._found(batch, index == 0)
                 except _OriginalFailsError as e:
                     failure = str(e)
                     continue
                 ran = True
-                if found is not None:
+                if found is not None and most:
                     return f"{found}, num_impressions={batch.counts.tolist()}"
+                noise, sharp = noise or found or "", sharp or most
             if ran:
-                return None
+                return None if sharp else noise or None
         return failure
 
-    def _found(self, batch: Batch, gradients: bool) -> str | None:
-        """What differs on one batch, unless it is noise."""
+    def _found(self, batch: Batch, gradients: bool) -> tuple[str | None, bool]:
+        """What differs on one batch, and whether that is to be believed: else most of it may be noise."""
         found = self._differ(batch, gradients, self.precision)
         if found is None:
-            return None
-        loose = _LOOSER.get(self.precision, self.precision)
-        far = self._differ(batch, gradients, loose) is not None
+            return None, True
         try:
-            noisy = self._noisy(batch, gradients, loose if far else self.precision)
+            still, most = self._beyond_noise(batch, gradients, found)
         except Exception:  # what fails is no noise
-            noisy = False
-        return None if noisy else found
+            return found, True
+        return (still, True) if still is not None or most else (f"{found}, which may be noise", False)
 
     def _example(self, example: Sequence[Tensor]) -> Batch:
         """Every row of the example is a request of two impressions, its own and the next."""
@@ -160,23 +159,41 @@ class Trial:
             or (self._gradients(batch, found, expected, precision) if gradients else None)
         )
 
-    def _noisy(self, batch: Batch, gradients: bool, precision: torch.dtype) -> bool:
-        """Whether either copy, its parameters shaken, disagrees with itself by as much: the difference is rounding."""
-        for name, run in (("truth", self._original), ("other", self._program)):
-            model = getattr(self, name)
-            results: list[tuple[list[Tensor], list[Tensor | None]]] = []
-            for tried in (model, shaken(model)):
-                setattr(self, name, tried)
+    def _beyond_noise(self, batch: Batch, gradients: bool, found: str) -> tuple[str | None, bool]:
+        """What differs in the entries that are no noise, and whether that is most of them.
+
+        An entry is noise where it moves as much when the parameters of either copy are shaken.
+        """
+        loose = _LOOSER.get(self.precision, self.precision)
+        precision = loose if self._differ(batch, gradients, loose) is not None else self.precision
+        runs = [self._shaken(batch, gradients, name, shake) for shake in range(SHAKES) for name in ("truth", "other")]
+        limit = tolerance(precision) / (10 if precision is torch.float64 else 2)
+        (expected, want), (outputs, grads) = runs[0][0], runs[1][0]
+        calm = steadied(outputs, expected, [(a[0], b[0]) for a, b in runs], limit)
+        flat = steadied(grads, want, [(a[1], b[1]) for a, b in runs], limit)
+        names = [str(i) for i in range(len(grads))]
+        if all(a is b or a is None or torch.equal(a, b) for a, b in zip([*outputs, *grads], [*calm, *flat])):
+            return found, True
+        still = compare(calm, expected, precision=precision) or gradients_differ(names, flat, want, precision)
+        return still or self._buffers(loose), judged([*outputs, *grads], [*calm, *flat])
+
+    def _shaken(
+        self, batch: Batch, gradients: bool, name: str, shake: int
+    ) -> list[tuple[list[Tensor], list[Tensor | None]]]:
+        """Outputs and gradients of one copy, and of the same copy with its parameters shaken."""
+        run = {"truth": self._original, "other": self._program}[name]
+        model = getattr(self, name)
+        results: list[tuple[list[Tensor], list[Tensor | None]]] = []
+        for tried in (model, shaken(model, shake)):
+            setattr(self, name, tried)
+            try:
                 with random_kept(), self.noise(), torch.set_grad_enabled(gradients):
                     made = run(batch)
-                parameters = [p for p in tried.parameters() if p.requires_grad and p.numel() < _LARGE]
-                results.append((_detached(made), _backward(made, parameters) if gradients else []))
-            setattr(self, name, model)
-            (outputs, grads), (again, moved) = results
-            names = [str(i) for i in range(len(grads))]
-            if compare(again, outputs, precision=precision) or gradients_differ(names, moved, grads, precision):
-                return True
-        return False
+            finally:
+                setattr(self, name, model)
+            parameters = [p for p in tried.parameters() if p.requires_grad and p.numel() < _LARGE]
+            results.append((_detached(made), _backward(made, parameters) if gradients else []))
+        return results
 
     def _buffers(self, precision: torch.dtype) -> str | None:
         others = dict(self.other.named_buffers())

@@ -1,0 +1,87 @@
+"""What is noise in a result excuses nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import roo_rewrite as roo
+import roo_rewrite.pipeline
+from roo_rewrite.noise import judged, steadied
+
+F64 = torch.float64
+SPEC = roo.FeatureSpec(request=["u"], impression=["x"])
+
+
+class Chaotic(nn.Module):
+    """One output is nothing but rounding, the other is plain. `whole`: only the first."""
+
+    def __init__(self, whole: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.whole = nn.Linear(4, 4), nn.Linear(4, 4), whole
+
+    def forward(self, u: Tensor, x: Tensor) -> Any:
+        h = self.a(u)
+        chaos = torch.sin(1e17 * h) * x
+        return chaos if self.whole else (chaos, torch.tanh(self.b(u)) * x)
+
+
+def rewritten(model: nn.Module) -> Any:
+    torch.manual_seed(0)
+    return roo.rewrite(model, (torch.randn(6, 4, dtype=F64), torch.randn(6, 4, dtype=F64)), spec=SPEC)
+
+
+def test_verify_judges_the_entries_that_are_no_noise() -> None:
+    model = Chaotic().double()
+    made = rewritten(model)
+    assert not made.report.fallback
+    roo.verify(model, made)
+    program = made._current[made.training]
+    right = program.emitted.whole
+    program.emitted = replace(program.emitted, whole=lambda *a: ((out := right(*a))[0], out[1] * 1.0001))
+    with pytest.raises(roo.EquivalenceError, match="output 1"):
+        roo.verify(model, made)
+
+
+def test_a_wrong_program_does_not_hide_behind_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = roo_rewrite.pipeline.passes.hoist.hoist
+
+    def faulty(*args: Any) -> Any:
+        graph = good(*args)
+        next(n for n in graph.nodes if n.target is torch.ops.aten.tanh.default).target = torch.ops.aten.sin.default
+        return graph
+
+    monkeypatch.setattr(roo_rewrite.pipeline.passes.hoist, "hoist", faulty)
+    report = rewritten(Chaotic().double()).report
+    assert report.fallback
+    assert "output 1" in str(report.notes)
+
+
+def test_where_all_is_noise_nothing_is_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    good = roo_rewrite.pipeline.passes.hoist.hoist
+
+    def rounds(*args: Any) -> Any:
+        graph = good(*args)
+        scale = next(n for n in graph.nodes if 1e17 in n.args)
+        scale.args = tuple(1e17 + 64 if a == 1e17 else a for a in scale.args)
+        return graph
+
+    monkeypatch.setattr(roo_rewrite.pipeline.passes.hoist, "hoist", rounds)
+    model = Chaotic(whole=True).double()
+    made = rewritten(model)
+    assert made.report.fallback
+    u, x, counts = torch.randn(2, 4, dtype=F64), torch.randn(5, 4, dtype=F64), torch.tensor([2, 3])
+    assert torch.equal(made(u, x, num_impressions=counts), model(u.repeat_interleave(counts, 0), x))
+
+
+def test_steadied_takes_only_what_moves() -> None:
+    want, got = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.5, 2.5, 3.0])
+    moved = torch.tensor([1.2, 2.0, 3.0])
+    steady = steadied([got], [want], [([want], [moved])], 1e-3)
+    assert steady[0].tolist() == [1.0, 2.5, 3.0]
+    assert judged([got], steady)
+    assert not judged([got], [want])
