@@ -143,15 +143,28 @@ def _users(value: Any) -> bool:
 
 @contextlib.contextmanager
 def reads() -> Iterator[dict[int, set[str]]]:
-    """While active, notes the names of the attributes that are read of each module, by its id."""
+    """While active, notes the names of the attributes that are read of each module, by its id.
+
+    One that was set before, like an intermediate kept for a later line, is no news from outside.
+    """
     found: dict[int, set[str]] = {}
+    made: dict[int, set[str]] = {}
+    plain = nn.Module.__setattr__
 
     def noting(self: nn.Module, name: str) -> Any:
-        found.setdefault(id(self), set()).add(name)
+        if name not in made.get(id(self), ()):
+            found.setdefault(id(self), set()).add(name)
         return object.__getattribute__(self, name)
 
+    def setting(self: nn.Module, name: str, value: Any) -> None:
+        if name not in found.get(id(self), ()):
+            made.setdefault(id(self), set()).add(name)
+        plain(self, name, value)
+
     nn.Module.__getattribute__ = noting  # type: ignore[method-assign,assignment]
+    nn.Module.__setattr__ = setting  # type: ignore[method-assign]
     try:
         yield found
     finally:
         del nn.Module.__getattribute__
+        nn.Module.__setattr__ = plain  # type: ignore[method-assign]

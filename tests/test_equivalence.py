@@ -188,6 +188,37 @@ def test_check_names_the_pass_at_fault(name: str, word: str, monkeypatch: pytest
         roo.rewrite(Model(), example(), spec=SPEC, check=True)
 
 
+class ReadsKept(Model):
+    """Reads again what it has just kept; and what it keeps is another tensor after every call."""
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        self.last = self.a(u)
+        return super().forward(u, x) + self.last.sum(1)
+
+
+class Caches(Model):
+    last: Tensor | None = None
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        self.last = self.last if self.last is not None else torch.ones(8)
+        return super().forward(u, x) + (self.last * self.a(u)).sum(1)
+
+
+@pytest.mark.parametrize(("kind", "built_again"), [(ReadsKept, False), (Caches, True)])
+def test_what_forward_keeps_and_reads_again_is_no_change(kind: type[Model], built_again: bool) -> None:
+    model = kind()
+    model(*example())
+    rewritten = roo.rewrite(model, example(), spec=SPEC)
+    before = rewritten._whole_program()
+    u, x = example()
+    model(u, x)
+    if built_again:
+        model.last = torch.zeros(8)  # type: ignore[attr-defined]
+    got = rewritten(u, x, num_impressions=torch.ones(6, dtype=torch.long))
+    torch.testing.assert_close(got, model(u, x))
+    assert (rewritten._whole_program() is not before) == built_again
+
+
 class Detached(Model):
     """A part without gradients is a graph of its own in the trace."""
 
