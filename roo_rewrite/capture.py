@@ -9,8 +9,6 @@ which also follows `len(x)`, `int(x.size(0))` and NumPy. What the trace took for
 from __future__ import annotations
 
 import contextlib
-import functools
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -271,33 +269,3 @@ def _batch_symbols(
         if isinstance(expr, sympy.Symbol):
             symbols[expr] = BATCH + int(atom.kind == "offsets_total")
     return symbols
-
-
-def _acceptance(
-    program: torch.export.ExportedProgram,
-    symbols: dict[sympy.Symbol, sympy.Expr],
-    example: Sequence[Tensor],
-    batch: int,
-) -> Callable[[int], bool]:
-    """Whether the trace holds for a batch of n rows: the ranges and guards export wrote down."""
-    ranges = [(symbols[s], r.lower, r.upper) for s, r in program.range_constraints.items() if s in symbols]
-    codes = [compile(code, "<guard>", "eval") for code in getattr(program, "_guards_code", [])]
-    fixed = [tuple(t.shape) for t in example]
-
-    @functools.lru_cache(4096)
-    def accepts(n: int) -> bool:
-        # The trace never sees 0 or 1 rows; those are judged by running both, in `pipeline`.
-        for expr, lower, upper in ranges:
-            size = int(expr.subs(BATCH, n)) if not expr.is_Integer else int(expr)
-            if (lower > 2 and size < lower) or size > upper:
-                return False
-        shapes = [(n if s and s[0] == batch else s[0] if s else 0, *s[1:]) for s in fixed]
-        stand_ins = [types.SimpleNamespace(size=lambda s=s: s) for s in shapes]
-        try:
-            return all(
-                eval(code, {"L": {"atoms": stand_ins, "flat_args": stand_ins}, "torch": torch}) for code in codes
-            )
-        except (AttributeError, NameError, TypeError):  # a guard on more than sizes
-            return False
-
-    return accepts

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 BATCH = sympy.Symbol("B", integer=True, positive=True)
-_SIZE = r"L\['atoms'\]\[\d+\]\.size\(\)\[0\]"
+_SIZE = r"L\['(?:atoms|flat_args)'\]\[\d+\]\.size\(\)\[0\]"
 _EQUAL = re.compile(f"{_SIZE} == {_SIZE}")
 
 
@@ -53,7 +53,8 @@ class Guards:
                 return False
         shapes = [(rows if s and s[0] == self.batch else s[0] if s else 0, *s[1:]) for s in self.shapes]
         stand_ins = [types.SimpleNamespace(size=lambda s=s: s) for s in shapes]
+        inputs = {"atoms": stand_ins, "flat_args": stand_ins}  # what a trace by bytecode calls them
         try:
-            return all(eval(code, {"L": {"atoms": stand_ins}, "torch": torch}) for code in self.codes)
+            return all(eval(code, {"L": inputs, "torch": torch}) for code in self.codes)
         except (AttributeError, NameError, TypeError):  # a guard on more than sizes
             return False
