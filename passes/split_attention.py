@@ -4,176 +4,35 @@
       rows of the history, target banned    =  softmax(q_h k_h' + mask_hh) v_h          per request
       rows of the target                    =  two groups of scores, one softmax, two weighted sums
 
-A mask is recognised from its values: a region is banned where every entry of it is known at compile time
-to be False, or minus infinity, or so low that the softmax is exactly 0. In the latter case every row must
-be known to see something, else the banned entries count after all.
+Which keys a query may see is read from the mask: see `split_masks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.constants import evaluate
 from passes.forms import (
     Blocks,
-    Deferred,
-    Filled,
     Form,
-    Picked,
     Whole,
     dtype_of,
     hint,
     is_static,
     provenance,
-    same_shape,
     same_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import broadcast, cut_form
-from passes.split_scores import note, note_scores
+from passes.split_blocks import cut_form
+from passes.split_masks import LOW, known, ranged
+from passes.split_scores import note
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
-# exp(x - max) is 0 in every float type once x is this far below; scores of a working model are not.
-LOW = -1e8
-
-
-def known(s: Splitter, form: Any) -> Tensor | None:
-    """The value of a form known at compile time."""
-    if isinstance(form, Picked):
-        base = evaluate(s.captured, form.base.node)
-        return None if base is None else base.index_select(form.dim, torch.tensor(form.index))
-    return evaluate(s.captured, form.node) if isinstance(form, Whole) else None
-
-
-@handles("aten.masked_fill.Scalar")
-def masked_fill(s: Splitter, app: Application) -> Form | None:
-    """Where the mask is known to be all True the value is a constant; all False, nothing happens."""
-    x, mask, value = app.form("self"), app.form("mask"), app["value"]
-    found = known(s, mask)
-    grows = not same_shape(broadcast([x.shape, mask.shape]), x.shape)
-    if found is None or not isinstance(value, (int, float)) or grows:
-        return None
-    if bool(found.all()) and found.numel() and not isinstance(x, Blocks):
-        return Filled(float(value), x.shape, next(iter(_nodes(x))))
-    return x if not bool(found.any()) else None
-
-
-def _nodes(form: Form) -> list[Node]:
-    from passes.forms import leaves
-
-    return [form.like] if isinstance(form, Filled) else list(leaves(form))
-
-
-@handles("aten.softmax.int")
-def softmax(s: Splitter, app: Application) -> Form | None:
-    """Parts that are banned weigh 0, and the others are a softmax by themselves."""
-    x = app.form("self")
-    if isinstance(x, Blocks) and x.ndim > 2 and app["dim"] % x.ndim == x.ndim - 1:
-        note_scores(s, x)
-    if not isinstance(x, Blocks) or x.dim != app["dim"] % x.ndim:
-        return None
-    banned = [isinstance(p, (Filled, Banned)) and p.value <= LOW for p in x.parts]
-    rest = [p for p, b in zip(x.parts, banned) if not b]
-    if not any(banned) or not rest:
-        return None
-    lowest = max(p.value for p, b in zip(x.parts, banned) if b and isinstance(p, (Filled, Banned)))
-    sees = _every_row_sees(s, rest)
-    if sees is False or (lowest > float("-inf") and sees is None):
-        return None
-    joined = rest[0] if len(rest) == 1 else Blocks(x.dim, tuple(rest))
-    weights = s.apply(app.replaced(self=joined))
-    parts: list[Form] = []
-    start = 0
-    for part, is_banned, size in zip(x.parts, banned, x.sizes):
-        if is_banned:
-            parts.append(Filled(0.0, part.shape, _nodes(part)[0]))
-        else:
-            parts.append(cut_form(s, weights, x.dim, start, start + size))
-            start += size
-    return Blocks(x.dim, tuple(parts))
-
-
-def _every_row_sees(s: Splitter, parts: Sequence[Form]) -> bool | None:
-    """Whether each row of the scores has an entry that no mask lowers; None where masks are known at run time only.
-
-    A row without one is not a number or counts what is banned; either way it depends on all entries.
-    """
-    found = [_lowered(s, s.builder.whole(p), torch.zeros(1, dtype=torch.bool)) for p in parts]
-    blind = torch.tensor(True)
-    for banned, _ in found:
-        blind = blind & banned.all(-1)
-    if bool(blind.any()):
-        return False
-    return True if any(known and bool((~banned).any(-1).all()) for banned, known in found) else None
-
-
-_SCALES = (aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar)
-_SCORES = (aten.bmm.default, aten.matmul.default, aten.einsum.default, aten.mm.default)
-
-
-def _lowered(s: Splitter, node: Node, banned: Tensor) -> tuple[Tensor, bool]:
-    """What constant masks lower of scores, and whether nothing else does.
-
-    banned: what the masks between here and the softmax lower; together they may leave less than each alone.
-    """
-    if node.target in _SCORES:
-        return banned, True
-    if node.target in _SCALES:
-        source, factor = node.args[:2]
-        number = isinstance(factor, (int, float)) or (isinstance(factor, Node) and _scalar(factor))
-        return _lowered(s, source, banned) if number and isinstance(source, Node) else (banned, False)
-    if node.target is aten.masked_fill.Scalar:
-        mask = evaluate(s.captured, node.args[1])  # type: ignore[arg-type]
-        return (banned, False) if mask is None else _lowered(s, node.args[0], banned | mask)  # type: ignore[arg-type]
-    if node.target is aten.add.Tensor and len(node.args) == 2:
-        bias = evaluate(s.captured, node.args[1]) if isinstance(node.args[1], Node) else None
-        return (banned, False) if bias is None else _lowered(s, node.args[0], banned | (bias <= LOW))  # type: ignore[arg-type]
-    return banned, False
-
-
-def _scalar(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.ndim == 0
-
-
-@dataclass(frozen=True, eq=False)
-class Banned(Deferred):
-    """Scores plus a mask that no softmax lets through, not carried out; none of them is above `value`."""
-
-    s: Splitter
-    inner: Form
-    app: Application
-    value: float
-
-    def carry(self) -> Node:
-        args, kwargs = self.app.arguments(self.s.carry_out)
-        return self.s.builder.call(self.app.target, *args, **kwargs)
-
-    @property
-    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return self.inner.shape
-
-
-def added_mask(s: Splitter, app: Application) -> Form | None:
-    """Scores plus a mask known to ban all of them."""
-    x, mask = app.form("self"), app.form("other")
-    if app["alpha"] != 1 or not same_shape(broadcast([x.shape, mask.shape]), x.shape):
-        return None
-    found = known(s, mask)
-    if found is None or not found.is_floating_point() or not found.numel() or isinstance(x, (Blocks, Filled, Banned)):
-        return None
-    highest = float(found.max())
-    return Banned(s, x, app, highest) if highest <= LOW else None
-
-
-# -- the fused op
 
 
 @handles("aten.scaled_dot_product_attention.default")
@@ -194,11 +53,14 @@ def attention(s: Splitter, app: Application) -> Form | None:
     mask = _mask_of(s, app, q, k)
     if mask is _UNKNOWN:
         return None
+    may, some = _visible(s, mask, q, k)
+    if not some:
+        return None
     parts, start, moved = [], 0, 0
     plan = []
     for size in sizes:
         rows = (start, start + size)
-        seen = _seen(s, mask, rows, k.sizes)
+        seen = _seen(may, rows, k.sizes)
         if seen is None:
             return None
         plan.append((cut_form(s, q, seq, *rows), rows, seen))
@@ -243,20 +105,33 @@ def _mask_of(s: Splitter, app: Application, q: Form, k: Form) -> Any:
     return mask if isinstance(mask, Form) and mask.ndim >= 2 else _UNKNOWN
 
 
-def _seen(s: Splitter, mask: Any, rows: tuple[int, int], sizes: Sequence[int]) -> list[int] | None:
-    """Key blocks the query rows can see. None where some row may see nothing."""
-    if not isinstance(mask, Tensor):
-        return list(range(len(sizes)))
-    visible = mask if mask.dtype == torch.bool else mask > LOW
-    mine = visible[..., rows[0] : rows[1], :]
-    if not bool(mine.any(-1).all()):
-        return None
+def _visible(s: Splitter, mask: Any, q: Form, k: Form) -> tuple[Tensor, bool]:
+    """Where a query may see a key, [..., Lq, Lk]; and whether none is known to be blind.
+
+    Where what is banned is low, but not minus infinity, each must be known to see one: else the banned count after all.
+    """
+    sizes = hint(q.shape[-2]), hint(k.shape[-2])
+    if mask is None or isinstance(mask, Form):
+        found = None if mask is None else ranged(s, mask)
+        if found is None:
+            return torch.ones(sizes, dtype=torch.bool), True
+        low, high = (f.expand(*f.shape[:-2], *sizes) for f in found)
+        truth = isinstance(mask, Form) and dtype_of(mask) == torch.bool
+        may = high == 1 if truth else high > LOW
+        weightless = truth or bool((high[~may] == float("-inf")).all())
+        return may, bool((may if weightless else low > LOW).any(-1).all())
+    may = mask if mask.dtype == torch.bool else mask > LOW
+    return may, bool(may.any(-1).all())
+
+
+def _seen(may: Tensor, rows: tuple[int, int], sizes: Sequence[int]) -> list[int] | None:
+    """Key blocks that some of the query rows may see; None where there is none."""
     out, start = [], 0
     for j, size in enumerate(sizes):
-        if bool(mine[..., start : start + size].any()):
+        if bool(may[..., rows[0] : rows[1], start : start + size].any()):
             out.append(j)
         start += size
-    return out
+    return out or None
 
 
 def _pays(s: Splitter, q: Form, k: Blocks, plan: Sequence[tuple[Form, tuple[int, int], list[int]]]) -> bool:

@@ -50,7 +50,7 @@ def blockwise(s: Splitter, app: Application) -> Form | None:
         return None
     simple = (Whole, Blocks, Expanded)
     if not all(isinstance(f, simple) for f in operands(app)):
-        app = _mapped(app, lambda f: f if isinstance(f, simple) else Whole(s.builder.whole(f)))
+        app = mapped(app, lambda f: f if isinstance(f, simple) else Whole(s.builder.whole(f)))
     if torch.Tag.pointwise in app.target.tags or rule.function is broadcasting:
         return _pointwise(s, app)
     if any(isinstance(f, Expanded) for f in operands(app)):
@@ -63,7 +63,9 @@ def operands(app: Application) -> list[Form]:
     return [f for v in app.named.values() for f in (v if isinstance(v, list) else [v]) if isinstance(f, Form)]
 
 
-def _mapped(app: Application, change: Any) -> Application:
+def mapped(app: Application, change: Any) -> Application:
+    """The op with each tensor operand changed."""
+
     def convert(value: Any) -> Any:
         if isinstance(value, Form):
             return change(value)
@@ -77,7 +79,7 @@ def _mapped(app: Application, change: Any) -> Application:
 
 def _pointwise(s: Splitter, app: Application) -> Form | None:
     shape = broadcast([f.shape for f in operands(app)])
-    bare = _mapped(app, lambda f: f.form if isinstance(f, Expanded) else f)
+    bare = mapped(app, lambda f: f.form if isinstance(f, Expanded) else f)
     small = broadcast([f.shape for f in operands(bare)])
     cut = next((f for f in operands(bare) if isinstance(f, Blocks)), None)
     if cut is None:
@@ -86,8 +88,7 @@ def _pointwise(s: Splitter, app: Application) -> Form | None:
         result: Form = s.plain(bare)
         return result if same_shape(small, shape) else Expanded(result, shape)
     back = cut.dim - cut.ndim
-    if len(cut.parts) > _MANY:
-        bare = _mapped(bare, lambda f: coalesced(s, f) if isinstance(f, Blocks) and f.dim - f.ndim == back else f)
+    bare = mapped(bare, lambda f: coalesced(s, f) if isinstance(f, Blocks) and f.dim - f.ndim == back else f)
     pieces = cut_operands(s, bare, back)
     if not any(all(has_early(f) for f in operands(p)) for p in pieces):
         return None
@@ -146,11 +147,13 @@ def _joined(pieces: Sequence[Application], cut_dims: Sequence[int]) -> Applicati
         assert isinstance(base, Whole)
         return Picked(base, cut, tuple(i for f in forms for i in picked(f, cut)))
 
-    return _mapped(pieces[0], join)
+    return mapped(pieces[0], join)
 
 
 def coalesced(s: Splitter, form: Blocks) -> Blocks:
-    """Blocks whose plain parts of each side are picks of one tensor."""
+    """Blocks whose plain parts of each side are picks of one tensor; few parts stay as they are."""
+    if len(form.parts) <= _MANY:
+        return form
     for early in (True, False):
         mine = [
             p
@@ -196,7 +199,7 @@ def cut_operands(s: Splitter, app: Application, back: int) -> list[Application]:
             at = f.ndim + back
             return cut_form(s, f, at, *span) if is_cut(f, at, total) else f
 
-        made.append(_mapped(app, piece))
+        made.append(mapped(app, piece))
         start += size
     return made
 
@@ -321,7 +324,7 @@ def _by_rule(s: Splitter, app: Application) -> Form | None:
     pieces, start = [], 0
     for size in sizes:
         chosen = {id(b): cut_form(s, b, b.dim, start, start + size) for b in blocks}
-        pieces.append(_mapped(app, lambda f, chosen=chosen: chosen.get(id(f), f)))
+        pieces.append(mapped(app, lambda f, chosen=chosen: chosen.get(id(f), f)))
         start += size
     if found.inner != 1:
         return Blocks(found.dim, tuple(s.apply(p) for p in pieces))
@@ -333,7 +336,7 @@ def _unexpanded(s: Splitter, app: Application) -> Form | None:
     """The op on the unexpanded operand, its result expanded."""
     expanded = [f for f in operands(app) if isinstance(f, Expanded)]
     if len(expanded) != 1:
-        return s.apply(_mapped(app, lambda f: Whole(s.builder.whole(f)) if isinstance(f, Expanded) else f))
+        return s.apply(mapped(app, lambda f: Whole(s.builder.whole(f)) if isinstance(f, Expanded) else f))
     form = expanded[0]
     dims = [d for d in range(form.ndim) if not same_size(form.shape[d], form.form.shape[d])]
     places = []
@@ -342,8 +345,8 @@ def _unexpanded(s: Splitter, app: Application) -> Form | None:
             raise NotRowWise("expanded over the batch")
         places.append(placed(app, {id(form): dim}, form.shape[dim]))
     if any(p.inner != 1 for p in places):
-        return s.apply(_mapped(app, lambda f: Whole(s.builder.whole(f)) if f is form else f))
-    result = s.apply(_mapped(app, lambda f: form.form if f is form else f))
+        return s.apply(mapped(app, lambda f: Whole(s.builder.whole(f)) if f is form else f))
+    result = s.apply(mapped(app, lambda f: form.form if f is form else f))
     shape = result.shape
     for dim, place in zip(dims, places):
         shape = with_size(shape, place.dim, form.shape[dim])

@@ -26,7 +26,7 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import pick_form, running, source
+from passes.split_blocks import coalesced, cut_operands, mapped, pick_form, running, source, together
 
 aten = torch.ops.aten
 
@@ -40,10 +40,24 @@ def cat(s: Splitter, app: Application) -> Form | None:
     dim = app["dim"] % max(forms[0].ndim, 1)
     if any(not is_static(f.shape[dim]) for f in forms) or len({dtype_of(f) for f in forms}) > 1:
         return None
+    inside = _by_piece(s, app, dim)
+    if inside is not None:
+        return inside
     parts = [p for f in forms for p in (f.parts if isinstance(f, Blocks) and f.dim == dim else (f,))]
     made = Blocks(dim, merged_picks((p for p in parts if hint(p.shape[dim])), dim))
     structured = any(isinstance(p, (Expanded, Blocks, Sum, Filled)) for p in made.parts)
     return made if len(made.parts) > 1 and (is_mixed(made) or structured) else None
+
+
+def _by_piece(s: Splitter, app: Application, dim: int) -> Form | None:
+    """Operands cut along another dim: a concatenation of each piece, so that the cut lasts."""
+    forms = app["tensors"]
+    cut = next((f.dim for f in forms if isinstance(f, Blocks) and f.dim != dim and is_mixed(f)), None)
+    if cut is None:
+        return None
+    app = mapped(app, lambda f: coalesced(s, f) if isinstance(f, Blocks) and f.dim == cut else f)
+    pieces = cut_operands(s, app, cut - forms[0].ndim)
+    return Blocks(cut, tuple(together(s, pieces, cut, [cut] * len(forms))))
 
 
 def merged_picks(parts: Iterable[Form], dim: int) -> tuple[Form, ...]:

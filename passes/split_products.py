@@ -8,19 +8,21 @@ Every product is an einsum of letters; a piece is cut along one letter at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import cut_form, pick_form, refined
+from passes.split_blocks import has_early, pick_form, refined
 from roo_rewrite.facts import Provenance
 from roo_rewrite.rules.matmul import spelled_out
 
 aten = torch.ops.aten
 Emit = Callable[[Form, Form], Form]
 _LETTERS = "abcdefgh"
+_ONES = "STUVWXYZ"
+_MANY = 4
 
 
 def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
@@ -87,15 +89,23 @@ def _letters(app: Application, x: Form, y: Form) -> tuple[str, str, str] | None:
             sizes = dict(zip(first, x.shape))
             broadcast = any(not same_size(sizes.get(c, n), n) for c, n in zip(second, y.shape))
             return None if repeated or broadcast else (first, second, right)
-        case "aten.matmul.default" if x.ndim == y.ndim and x.ndim >= 2:
-            lead = _LETTERS[: x.ndim - 2]
-            if not all(same_size(a, b) for a, b in zip(x.shape[:-2], y.shape[:-2])):
-                return None
-            return f"{lead}ik", f"{lead}kj", f"{lead}ij"
-        case "aten.matmul.default" if min(x.ndim, y.ndim) == 2 and x.ndim != y.ndim:
-            lead = _LETTERS[: max(x.ndim, y.ndim) - 2]
-            return f"{lead * (x.ndim > 2)}ik", f"{lead * (y.ndim > 2)}kj", f"{lead}ij"
+        case "aten.matmul.default" if min(x.ndim, y.ndim) >= 2:
+            return _matmul_letters(x, y)
     return None
+
+
+def _matmul_letters(x: Form, y: Form) -> tuple[str, str, str] | None:
+    """Leading dims broadcast: one of size 1 against more has a letter of its own, which is not in the result."""
+    lead = max(x.ndim, y.ndim) - 2
+    names = [list(_LETTERS[lead + 2 - f.ndim : lead]) for f in (x, y)]
+    for at in range(1, min(x.ndim, y.ndim) - 1):
+        sizes = [f.shape[-2 - at] for f in (x, y)]
+        if not same_size(*sizes):
+            ones = [same_size(n, 1) for n in sizes]
+            if not any(ones):
+                return None
+            names[ones.index(True)][-at] = _ONES[at]
+    return f"{''.join(names[0])}ik", f"{''.join(names[1])}kj", f"{_LETTERS[:lead]}ij"
 
 
 def _contract(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], emit: Emit) -> Form | None:
@@ -110,14 +120,11 @@ def _contract(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], emit
     if cut not in letters[2] and isinstance(x, Blocks) != isinstance(y, Blocks) and not nested:
         return _by_side(s, x, y, letters, cut, emit)
     sizes = refined([f.sizes for f, names in zip((x, y), letters) if isinstance(f, Blocks) and names[f.dim] == cut])
+    if cut in letters[2] and len(sizes) > _MANY:
+        return _grouped(s, x, y, letters, cut, sizes, emit)
     parts, start = [], 0
     for size in sizes:
-        pieces = []
-        for form, names in zip((x, y), letters):
-            if cut in names:
-                form = cut_form(s, form, names.index(cut), start, start + size)
-            pieces.append(form if isinstance(form, (Blocks, Expanded, Filled, Whole)) else Whole(s.builder.whole(form)))
-        part = _contract(s, pieces[0], pieces[1], letters, emit)
+        part = _contract(s, *_pieces(s, x, y, letters, cut, range(start, start + size)), letters, emit)
         if part is None:
             return None
         parts.append(part)
@@ -126,6 +133,43 @@ def _contract(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], emit
         return parts[0] if len(parts) == 1 else Blocks(letters[2].index(cut), tuple(parts))
     kept = [p for p in parts if not (isinstance(p, Filled) and p.value == 0)]
     return Sum(tuple((1.0, p) for p in kept), parts[0].shape) if len(kept) > 1 else (kept or parts)[0]
+
+
+def _pieces(
+    s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], cut: str, index: Sequence[int]
+) -> tuple[Form, Form]:
+    """The operands at these entries of the letter `cut`; one without the letter as it is."""
+    chosen = (pick_form(s, f, n.index(cut), index) if cut in n else f for f, n in zip((x, y), letters))
+    first, second = (_simple(s, f) for f in chosen)
+    return first, second
+
+
+def _grouped(
+    s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], cut: str, sizes: Sequence[int], emit: Emit
+) -> Form | None:
+    """Many pieces along a kept letter: those alike in side run as one, and each finds its entries in the result."""
+    at, start = letters[2].index(cut), 0
+    pieces: list[tuple[tuple[bool, ...], range]] = []
+    for size in sizes:
+        index = range(start, start + size)
+        pieces.append((tuple(has_early(f) for f in _pieces(s, x, y, letters, cut, index)), index))
+        start += size
+    done: dict[tuple[bool, ...], tuple[Form, list[int]]] = {}
+    for sides in dict.fromkeys(sides for sides, _ in pieces):
+        entries = [i for found, index in pieces if found == sides for i in index]
+        mine = zip(_pieces(s, x, y, letters, cut, entries), letters)
+        first, second = (_joined(s, f, n.index(cut)) if cut in n else f for f, n in mine)
+        made = _contract(s, first, second, letters, emit)
+        if made is None:
+            return None
+        done[sides] = made, entries
+    parts = [pick_form(s, done[sides][0], at, [done[sides][1].index(i) for i in index]) for sides, index in pieces]
+    return Blocks(at, tuple(parts))
+
+
+def _joined(s: Splitter, form: Form, dim: int) -> Form:
+    """Blocks along `dim` of one side, as one tensor."""
+    return Whole(s.builder.whole(form)) if isinstance(form, Blocks) and form.dim == dim else form
 
 
 def _by_side(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], cut: str, emit: Emit) -> Form | None:

@@ -9,13 +9,16 @@ the view gives: parts where the cuts allow it, else a tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from passes.forms import Blocks, Expanded, Form, Reshaped, Sum, Whole, is_static, same_shape, same_size
+from passes.forms import Blocks, Expanded, Form, Reshaped, Sum, Whole, hint, is_static, same_shape, same_size, with_size
 from passes.split import Application, Splitter
+from passes.split_blocks import mapped, pick_form, placed, refined
+from roo_rewrite.errors import NotRowWise
 from roo_rewrite.rules.families import broadcasting
 from roo_rewrite.rules.registry import find
 
@@ -59,9 +62,63 @@ def through(s: Splitter, app: Application) -> Form | None:
         return None
     changed = _changed(s, app, lead)
     if changed is None:
-        return None
+        return _by_rows(s, app, lead)
     result = s.apply(changed)
     return later_view(s, result, (merged[0].shape[0], *result.shape[len(lead) :]))
+
+
+def _by_rows(s: Splitter, app: Application, lead: tuple[Any, ...]) -> Form | None:
+    """An op on rows of any kind, on the rows of each part by themselves; None where a row reads others.
+
+    op(cat[E a, c].view(B * T, D))  =  the rows of op(a.view(B * Ta, D)) and of op(c.view(B * Tc, D)), as they stood
+    """
+    from passes.split_views import reshaped
+
+    merged = [f for f in _forms(app) if isinstance(f, Reshaped)]
+    dims = {f.inner.dim if isinstance(f.inner, Blocks) else -1 for f in merged}
+    (dim, *others) = dims
+    rows = merged[0].shape[0]
+    if others or not 0 <= dim < len(lead):
+        return None
+    opened: dict[int, Form] = {id(f): f.inner for f in merged}
+    for form in _forms(app):
+        if id(form) not in opened and form.ndim and same_size(form.shape[0], rows):
+            opened[id(form)] = reshaped(s, form, (*lead, *form.shape[1:]))
+    if not _row_by_row(app, opened, rows):
+        return None
+    parts, start = [], 0
+    for size in refined([f.inner.sizes for f in merged if isinstance(f.inner, Blocks)]):
+        few = with_size(lead, dim, size)
+        made = s.apply(mapped(app, _rows_of(s, opened, dim, range(start, start + size), few)))
+        parts.append(reshaped(s, made, (*few, *made.shape[1:])))
+        start += size
+    whole = Blocks(dim, tuple(parts))
+    return later_view(s, whole, (rows, *whole.shape[len(lead) :]))
+
+
+def _row_by_row(app: Application, opened: dict[int, Form], rows: Any) -> bool:
+    rule = find(str(app.target))
+    if rule is None or rule.sizes:
+        return False
+    try:
+        found = placed(app, dict.fromkeys(opened, 0), hint(rows))
+    except NotRowWise:
+        return False
+    return found.dim == 0 and found.inner == 1
+
+
+def _rows_of(
+    s: Splitter, opened: dict[int, Form], dim: int, index: range, lead: tuple[Any, ...]
+) -> Callable[[Form], Form]:
+    """Operand -> its rows from the entries `index` of `dim`; `lead` are the dims these are merged from."""
+    from passes.split_views import reshaped
+
+    def piece(form: Form) -> Form:
+        if id(form) not in opened:
+            return form
+        return reshaped(s, pick_form(s, opened[id(form)], dim, index), (math.prod(lead), *form.shape[1:]))
+
+    return piece
 
 
 def settled(app: Application, to_shape: Callable[[Form, tuple[Any, ...]], Form | None]) -> Application:
@@ -93,6 +150,8 @@ def _changed(s: Splitter, app: Application, lead: Sequence[Any]) -> Application 
     rule = find(name)
     if torch.Tag.pointwise in app.target.tags or (rule is not None and rule.function is broadcasting):
         return _pointwise(s, app, lead)
+    if name == "aten.cat.default":
+        return _side_by_side(s, app, lead)
     key = _FIRST.get(name)
     if key is None or not isinstance(app[key], Reshaped) or sum(isinstance(f, Reshaped) for f in _forms(app)) > 1:
         return None
@@ -121,6 +180,23 @@ _FIRST = {
 }
 
 
+def _side_by_side(s: Splitter, app: Application, lead: Sequence[Any]) -> Application | None:
+    """A concatenation along a dim that is not merged."""
+    forms = app["tensors"]
+    ndim = forms[0].ndim
+    if app["dim"] % ndim == 0 or any(f.ndim != ndim for f in forms):
+        return None
+    return app.replaced(tensors=[_apart(s, f, lead) for f in forms], dim=app["dim"] % ndim - ndim)
+
+
+def _apart(s: Splitter, form: Form, lead: Sequence[Any]) -> Form:
+    """A form whose first dim is merged from `lead`, with these dims."""
+    if isinstance(form, Reshaped):
+        return form.inner
+    shape = (*lead, *form.shape[1:])
+    return Whole(s.builder.call(aten.reshape.default, s.builder.whole(form), s.builder.sizes(shape)))
+
+
 def _pointwise(s: Splitter, app: Application, lead: Sequence[Any]) -> Application | None:
     """Operands without the merged dim, or of size 1 there, are as they were; those with it are taken apart."""
     forms = _forms(app)
@@ -132,12 +208,8 @@ def _pointwise(s: Splitter, app: Application, lead: Sequence[Any]) -> Applicatio
     def apart(value: Any) -> Any:
         if not isinstance(value, Form):
             return [apart(v) for v in value] if isinstance(value, list) else value
-        if isinstance(value, Reshaped):
-            return value.inner
-        if value.ndim < ndim or not same_size(value.shape[0], whole):
-            return value
-        shape = (*lead, *value.shape[1:])
-        return Whole(s.builder.call(aten.reshape.default, s.builder.whole(value), s.builder.sizes(shape)))
+        kept = not isinstance(value, Reshaped) and (value.ndim < ndim or not same_size(value.shape[0], whole))
+        return value if kept else _apart(s, value, lead)
 
     if any(f.ndim == ndim and is_static(f.shape[0]) and f.shape[0] != 1 for f in forms):
         return None

@@ -22,9 +22,9 @@ from passes.forms import (
     same_shape,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_attention import added_mask
 from passes.split_blocks import blockwise, broadcast
 from passes.split_chains import regrouped
+from passes.split_masks import added_mask
 from passes.split_outer import outer
 from passes.split_scaled import centred
 from passes.split_scaled import scaled as scaled_rows

@@ -33,7 +33,7 @@ from passes.split_joins import constant_value
 from passes.split_reshaped import kept_apart, later_view
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Rows
-from roo_rewrite.rules.families import reshaped
+from roo_rewrite.rules import families
 from roo_rewrite.rules.registry import Operand
 
 aten = torch.ops.aten
@@ -54,6 +54,13 @@ def reshape(s: Splitter, app: Application) -> Form | None:
     return _kept(s, x, _filled_in(x.shape, sizes))
 
 
+@handles("aten.reshape_as.default", "aten.view_as.default")
+def reshape_as(s: Splitter, app: Application) -> Form | None:
+    """A reshape to the shape of another value."""
+    x = app.form("self")
+    return None if isinstance(x, Whole) else _kept(s, x, app.form("other").shape)
+
+
 @handles("aten.flatten.using_ints")
 def flatten(s: Splitter, app: Application) -> Form | None:
     """Dims merged into one."""
@@ -67,7 +74,19 @@ def flatten(s: Splitter, app: Application) -> Form | None:
 
 def _kept(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None:
     """A reshape, not carried out where it merges the batch with dims that are cut or expanded."""
-    return later_view(s, x, shape) if kept_apart(x, shape) else to_shape(s, x, shape)
+    return rows_kept_apart(s, x, shape) or to_shape(s, x, shape)
+
+
+def rows_kept_apart(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None:
+    """A later view of `x`, regrouped behind the cut dim where rows are made of more; None where cuts do not last."""
+    if isinstance(x, Blocks) and shape and not is_static(shape[0]):
+        lead = x.shape[: x.dim + 1]
+        left = shape[0] // _product(lead)
+        left = int(left) if not is_static(left) and left.node.expr.is_Integer else left
+        if same_size(_product([*lead, left]), shape[0]):
+            between = [] if is_static(left) and left == 1 else [left]
+            x = to_shape(s, x, (*lead, *between, *shape[1:])) or x
+    return later_view(s, x, shape) if kept_apart(x, shape) else None
 
 
 @handles("aten.unflatten.int")
@@ -119,7 +138,7 @@ def to_shape(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None:
     if isinstance(x, Expanded):
         return _expanded(s, x, shape)
     if isinstance(x, Reshaped):
-        return later_view(s, x.inner, shape) if kept_apart(x.inner, shape) else to_shape(s, x.inner, shape)
+        return rows_kept_apart(s, x.inner, shape) or to_shape(s, x.inner, shape)
     if isinstance(x, Lazy):
         inner = to_shape(s, x.inner, shape)
         if inner is None:
@@ -129,6 +148,12 @@ def to_shape(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None:
         terms = [(c, _same_layout(s, x, t, shape)) for c, t in x.terms]
         return None if any(t is None for _, t in terms) else Sum(tuple(terms), shape)  # type: ignore[arg-type]
     return Whole(s.builder.call(aten.reshape.default, s.builder.whole(x), s.builder.sizes(shape)))
+
+
+def reshaped(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form:
+    """A row-major reshape of a form, carried out where a cut does not fall on a boundary."""
+    made = to_shape(s, x, shape)
+    return made or Whole(s.builder.call(aten.reshape.default, s.builder.whole(x), s.builder.sizes(shape)))
 
 
 def _same_layout(s: Splitter, x: Sum, term: Form, shape: tuple[Any, ...]) -> Form | None:
@@ -232,7 +257,7 @@ def _place(before: Sequence[Any], dim: int, unit: int, after: Sequence[Any]) -> 
     total = hint(before[dim])
     operand = Operand(tuple(hint(v) for v in before), Rows(dim, 1, unit))
     try:
-        place = reshaped(operand, [hint(v) for v in after], total // unit)
+        place = families.reshaped(operand, [hint(v) for v in after], total // unit)
     except NotRowWise:
         return None
     if not isinstance(place, Rows) or place.outer != 1 or not is_static(after[place.dim]):

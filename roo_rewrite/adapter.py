@@ -30,6 +30,10 @@ class Adapter(nn.Module):
 
     def forward(self, *atoms: Tensor) -> tuple[Any, ...]:
         inputs, statics = self.__dict__["_call"]
+        # One symbol for the batch: sizes of one input divide those of another.
+        counts = [t.shape[0] for atom, t in zip(inputs.atoms, atoms) if atom.kind in ("dense", "lengths", "offsets")]
+        for count in counts[1:]:
+            torch._check(count == counts[0])  # type: ignore[no-untyped-call]
         args, kwargs = inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
         values, tree = flatten_output(self.model(*args, **kwargs))
         self.__dict__["_out"] = ([v if not isinstance(v, COMPUTED) else COMPUTED_VALUE for v in values], tree)

@@ -122,7 +122,7 @@ def _results(original: nn.Module, out: Any, batch: Inputs) -> list[Tensor]:
     floats = [t for t in outputs if t.requires_grad]
     weights = [torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view(t.shape) for t in floats]
     loss = sum((t * w).sum() for t, w in zip(floats, weights))
-    asking = [*(p for p in original.parameters()), *(t for t in batch.values() if t.requires_grad)]
+    asking = [*(p for p in original.parameters() if p.requires_grad), *(t for t in batch.values() if t.requires_grad)]
     if not isinstance(loss, Tensor) or not asking:
         return [t.detach() for t in outputs]
     grads = torch.autograd.grad(loss, asking, allow_unused=True)

@@ -110,6 +110,72 @@ def test_multi_head_attention(law: Any) -> None:
     law(Model(run, attention=attention, seen=causal(4)), u=(3, 4), x=(1, 4))
 
 
+MASKS = {
+    "both banned": lambda m, pad: pad | m.later,
+    "both seen": lambda m, pad: ~(~pad & ~m.later),
+    "but for itself": lambda m, pad: (pad & ~torch.eye(4, dtype=torch.bool).expand_as(pad)) | m.later,
+    "as numbers": lambda m, pad: ((1 - pad.to(m.low)) * (1 - m.later.to(m.low))) == 0,
+    "chosen": lambda m, pad: torch.where(m.later, torch.ones_like(pad), pad),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("both banned", "layers"),
+        ("both seen", "fused"),
+        ("but for itself", "added"),
+        ("both banned", "added"),
+        ("as numbers", "filled"),
+        ("chosen", "fused"),
+    ],
+)
+def test_padding_and_order_in_one_mask(law: Any, name: str, how: str) -> None:
+    """Known above the diagonal for every batch, though the rest is known at run time only."""
+
+    def run(m: Model, u: Tensor, u_pad: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        pad = torch.cat([u_pad, torch.zeros(x.shape[0], 1, dtype=torch.bool)], 1)
+        mask = MASKS[name](m, pad.unsqueeze(1).expand(-1, 4, -1))
+        if how == "fused":
+            return F.scaled_dot_product_attention(h, h, h, attn_mask=~mask)
+        if how == "layers":
+            mask = mask.unsqueeze(1).repeat(1, 2, 1, 1).flatten(0, 1)
+            return m.second(*[m.first(h, h, h, attn_mask=mask)[0]] * 3, attn_mask=mask)[0]
+        scores = h @ h.transpose(1, 2)
+        if how == "filled":
+            return scores.masked_fill(mask, float("-inf")).softmax(-1) @ h
+        return (scores + mask.to(h) * -1e30).softmax(-1) @ h
+
+    attention = [nn.MultiheadAttention(4, 2, batch_first=True) for _ in range(2)]
+    model = Model(run, later=~causal(4), low=torch.zeros(()), first=attention[0], second=attention[1])
+    pad = torch.tensor([[False, True, False], [False, False, True], [False, False, False]])
+    found = law(model, u=(3, 4), u_pad=lambda n: pad[torch.randint(3, (n,))], x=(1, 4))
+    ops = {aten.softmax.int, aten.scaled_dot_product_attention.default}
+    assert ops & set(found.moved()) or (how == "added" and name != "but for itself")
+
+
+UNSURE = {
+    "no order": lambda m, pad: pad,
+    "either": lambda m, pad: pad & m.later,
+    "not known": lambda m, pad: torch.where(pad, m.later, ~m.later),
+    "weak numbers": lambda m, pad: pad.to(m.low) * m.later.to(m.low) * 0.5 == 0.5,
+}
+
+
+@pytest.mark.parametrize("name", sorted(UNSURE))
+def test_declines_a_mask_that_may_let_the_target_through(law: Any, name: str) -> None:
+    def run(m: Model, u: Tensor, u_pad: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        pad = torch.cat([u_pad, torch.zeros(x.shape[0], 1, dtype=torch.bool)], 1).unsqueeze(1)
+        scores = (h @ h.transpose(1, 2)).masked_fill(UNSURE[name](m, pad), float("-inf"))
+        return scores.softmax(-1) @ h
+
+    model = Model(run, later=~causal(4), low=torch.zeros(()))
+    found = law(model, u=(3, 4), u_pad=lambda n: torch.rand(n, 3) < 0.4, x=(1, 4))
+    assert aten.softmax.int not in found.moved()
+
+
 def test_low_numbers_that_are_no_mask(law: Any) -> None:
     """-2e8 added where no softmax follows is a number like any other."""
     law(Model(lambda m, u, x: (x + m.low) - m.low + u, low=torch.full((4,), -2e8)), u=(4,), x=(4,))
