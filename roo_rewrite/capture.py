@@ -39,6 +39,7 @@ from roo_rewrite.tracing import (
     python_only,
     silent,
     symbolic_len,
+    without_vmap,
 )
 
 _BOTH = (Provenance.REQUEST, Provenance.IMPRESSION)
@@ -193,7 +194,7 @@ def _export(
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())
             around.enter_context(padded_sequences())
-        program = torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict)
+        program = without_vmap(torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict))
     if not strict:
         same_way(run, trace)
         out_values, out_tree = adapter.returned

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _ABSENT = object()
@@ -57,6 +58,8 @@ class Outlook:
         """Adds the submodules and their hooks; a leaf is called as it is and may be replaced."""
         for path, module in model.named_modules():
             if any(path == leaf or path.startswith(f"{leaf}.") for leaf in leaves):
+                continue
+            if isinstance(module, torch.jit.ScriptModule):  # its attributes are not Python's
                 continue
             own = vars(module)
             inner = [k for k in module._modules if (f"{path}.{k}" if path else k) in leaves]

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
+
+from roo_rewrite.errors import CaptureError
 
 
 def brief(e: BaseException) -> str:
@@ -98,6 +101,17 @@ def symbolic_len() -> Iterator[None]:
         yield
     finally:
         builtins.len = original
+
+
+def without_vmap(program: ExportedProgram) -> ExportedProgram:
+    """The program with what runs under `vmap` as ops on whole batches. Raises CaptureError where it also writes."""
+    if not any("_functorch" in str(getattr(n.target, "__module__", "")) for n in program.graph.nodes):
+        return program
+    made: ExportedProgram = program.run_decompositions({})
+    signature = made.graph_signature
+    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+        raise CaptureError("vmap beside changes in place is not traced")
+    return made
 
 
 @contextlib.contextmanager

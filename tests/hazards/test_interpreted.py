@@ -1,7 +1,8 @@
-"""Forwards that cannot be traced by running them: sizes made plain ints, NumPy. Their bytecode is interpreted."""
+"""Forwards that cannot be traced as they are: sizes made plain ints, NumPy, vmap, TorchScript."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,45 @@ class LengthBeforeACumulativeSum(Plain):
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
         return self.mix(torch.cumsum(u, 0)[torch.arange(len(u))], x)
+
+
+class MappedOverRows(Plain):
+    hoists = True
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.mix(torch.vmap(lambda row: torch.relu(self.a(row)))(u), x)
+
+
+class MappedWithinRows(Plain):
+    hoists = False
+
+    def forward(self, u_seq: Tensor, x: Tensor) -> Tensor:
+        return self.mix(torch.vmap(self.user, in_dims=1, out_dims=1)(u_seq).sum(1), x)
+
+
+class MappedBesideAWrite(Plain):
+    hoists = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        self.seen += 1
+        return self.mix(torch.vmap(self.user)(u), x)
+
+
+class Scripted(Plain):
+    hoists = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.c = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.mix(self.c(u), x)
 
 
 def test_equal_or_refused(hazard: type, sound: Callable[[type], None]) -> None:
