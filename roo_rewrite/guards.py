@@ -40,7 +40,8 @@ class Guards:
     ) -> Guards:
         """The guards of a traced program whose size symbols are `symbols`, traced on `example` of `batch` rows."""
         ranges = [(symbols[s], r.lower, r.upper) for s, r in program.range_constraints.items() if s in symbols]
-        codes = getattr(program, "_guards_code", [])
+        # An interpreted trace calls its inputs flat_args.
+        codes = [c.replace("L['flat_args']", "L['atoms']") for c in getattr(program, "_guards_code", [])]
         free = all(lower <= 2 and upper >= torch.iinfo(torch.int64).max for _, lower, upper in ranges)
         always = free and all(_EQUAL.fullmatch(code) for code in codes)
         return cls(tuple(ranges), tuple(codes), tuple(tuple(t.shape) for t in example), batch, always)
