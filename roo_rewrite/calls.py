@@ -21,6 +21,8 @@ def check_batch(inputs: Inputs, atoms: Sequence[Tensor], counts: Any) -> int:
     """I, the number of impressions. Raises InputError where rows and counts disagree."""
     requests = inputs.rows(atoms, Provenance.REQUEST)
     impressions = inputs.rows(atoms, Provenance.IMPRESSION)
+    if isinstance(counts, Tensor) and atoms and counts.device != atoms[0].device:
+        raise InputError(f"num_impressions lies on {counts.device}, the inputs on {atoms[0].device}; move it there")
     return check_counts(counts, requests, impressions)
 
 
@@ -62,6 +64,16 @@ def check_dims(inputs: Inputs, example: Sequence[Tensor], atoms: Sequence[Tensor
             raise InputError(
                 f"input {atom.name!r} has {given.ndim} dims {list(given.shape)}, in the example it has {known.ndim}"
             )
+
+
+def unlike(inputs: Inputs, example: Sequence[Tensor], atoms: Sequence[Tensor]) -> str:
+    """How the tensors of a call differ from the example's in more than their rows, in words."""
+    return "; ".join(
+        f"input {atom.name!r} is {given.dtype} {['rows', *given.shape[1:]]} on {given.device}, "
+        f"in the example {known.dtype} {['rows', *known.shape[1:]]} on {known.device}"
+        for atom, known, given in zip(inputs.atoms, example, atoms)
+        if kind(known) != kind(given)
+    )
 
 
 def kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from roo_rewrite.errors import EquivalenceError
+from roo_rewrite.errors import EquivalenceError, InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import frozen_buffers, tensors_of
@@ -128,6 +128,8 @@ def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, s
     drawn batch at all is an error. One that casts and runs is judged by the lowest precision it uses; one
     whose own backward fails (it changes in place what is saved for it) by its values alone.
     """
+    if not isinstance(original, nn.Module) or not hasattr(rewritten, "_inputs"):
+        raise InputError("verify takes the original model first, and then what rewrite made of it")
     if _verified(original, rewritten, batches, seed, double=True):
         return
     if not _verified(original, rewritten, batches, seed, double=False):

@@ -37,9 +37,13 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         for side in ("request", "impression"):
             patterns = getattr(self, side)
-            if isinstance(patterns, str) or not all(isinstance(p, str) for p in patterns):
+            listed = isinstance(patterns, Iterable) and not isinstance(patterns, str)
+            if not listed or not all(isinstance(p, str) for p in patterns):
                 raise SpecError(f"FeatureSpec.{side} must be a list of name patterns, got {patterns!r}")
             object.__setattr__(self, side, tuple(patterns))
+        for part in ("columns", "jagged"):
+            if not isinstance(getattr(self, part), Mapping):
+                raise SpecError(f"FeatureSpec.{part} must be a dict by input name, got {getattr(self, part)!r}")
         for name, sides in self.columns.items():
             if not isinstance(sides, Mapping) or not set(sides) <= {"request", "impression"} or not sides:
                 raise SpecError(

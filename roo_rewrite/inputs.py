@@ -230,6 +230,8 @@ def bind_inputs(
     forward: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], spec: FeatureSpec
 ) -> Inputs:
     """The calling convention of `forward` for this example. Raises SpecError where the spec does not fit."""
+    if not isinstance(spec, FeatureSpec):
+        raise SpecError(f"spec must be a FeatureSpec(request=[...], impression=[...]), got {type(spec).__name__}")
     parameters = parameters_of(forward, args, kwargs)
     if "num_impressions" in (*parameters.names, *parameters.roots):
         raise SpecError("forward has a parameter num_impressions of its own; wrap the model and give it another name")
@@ -260,6 +262,10 @@ def _jagged_pairs(
     pairs: dict[str, tuple[Kind, str]] = {}
     for values_key, rows_key in spec.jagged.items():
         values, keeper = matches(values_key, features)[0], matches(rows_key, features)[0]
+        if values == keeper:
+            raise SpecError(
+                f"FeatureSpec.jagged[{values!r}] names the values themselves; name their lengths or offsets"
+            )
         if sides[values] is not sides[keeper]:
             raise SpecError(f"jagged pair {values!r} and {keeper!r} must lie on the same side")
         pairs[values] = ("values", keeper)

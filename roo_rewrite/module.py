@@ -24,10 +24,12 @@ from roo_rewrite.calls import (
     kind,
     like,
     state,
+    unlike,
     watched,
     without_empty,
 )
 from roo_rewrite.capture import Captured
+from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import request_of
@@ -174,7 +176,17 @@ class RequestModel(nn.Module):
         rows = request_of(counts, int(counts.sum()) if total is None else total)
         expanded = self._inputs.select(atoms, rows, (Provenance.REQUEST,))
         args, kwargs = self._inputs.unflatten(expanded, Provenance.IMPRESSION, statics)
-        return self._original(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self._original(*args, **kwargs)
+        try:
+            return self._original(*args, **kwargs)
+        except Exception as e:  # whatever user code raises; on inputs like the example's it is the model's own error
+            other = unlike(self._inputs, self._example[0], atoms)
+            if not other:
+                raise
+            raise InputError(
+                f"the model fails, {type(e).__name__}: {e}\nThe call is unlike the example: {other}"
+            ) from e
 
     # -- programs
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +84,12 @@ def rewrite(
     """
     if isinstance(args, Tensor):
         args = (args,)
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"model must be an nn.Module, got {type(model).__name__}; wrap a function in a module")
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, (Mapping, type(None))):
+        raise CaptureError("the example is a tuple of positional arguments and a dict of those by name")
+    if split not in get_args(passes.split.Mode):
+        raise SpecError(f"split must be one of {get_args(passes.split.Mode)}, got {split!r}")
     kwargs = dict(kwargs or {})
     inputs = bind_inputs(model.forward, args, kwargs, spec)
     atoms, statics = inputs.flatten(args, kwargs, Provenance.IMPRESSION)
@@ -94,10 +100,10 @@ def rewrite(
 
 
 def _fanout(fanout: float | None) -> float:
-    value = DEFAULT_FANOUT if fanout is None else float(fanout)
-    if not value >= 1:
+    value = DEFAULT_FANOUT if fanout is None else fanout
+    if not isinstance(value, (int, float)) or not 1 <= value < float("inf"):
         raise SpecError(f"fanout is impressions a request, 1 or more; got {fanout!r}")
-    return value
+    return float(value)
 
 
 def _dropout(dropout: str) -> str:
@@ -108,6 +114,8 @@ def _dropout(dropout: str) -> str:
 
 def _paths(model: nn.Module, leaves: Sequence[str]) -> tuple[str, ...]:
     known = dict(model.named_modules())
+    if isinstance(leaves, str):
+        raise SpecError(f"leaves must be a list of paths, got {leaves!r}; write [{leaves!r}]")
     unknown = [p for p in leaves if p not in known or not p]
     if unknown:
         raise SpecError(f"leaves {unknown} name no submodule; the submodules are {[p for p in known if p]}")
