@@ -32,6 +32,7 @@ from roo_rewrite.packed import padded_sequences
 from roo_rewrite.purity import random_kept, twin, untraceable
 from roo_rewrite.swallowed import same_way, watched
 from roo_rewrite.tracing import (
+    DataDetached,
     assignments_allowed,
     brief,
     innermost,
@@ -194,6 +195,7 @@ def _export(
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())
             around.enter_context(padded_sequences())
+            around.enter_context(DataDetached())
         program = without_vmap(torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict))
     if not strict:
         same_way(run, trace)

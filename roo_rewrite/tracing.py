@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import ExportedProgram
+from torch.overrides import TorchFunctionMode
 
 from roo_rewrite.errors import CaptureError
 
@@ -130,3 +131,12 @@ def silent() -> Iterator[None]:
             yield
     finally:
         quiet.setLevel(level)
+
+
+class DataDetached(TorchFunctionMode):
+    """`x.data` is `x.detach()`: the trace knows nothing of it otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))

@@ -139,3 +139,13 @@ def test_a_twin_shares_parameters_and_nothing_else() -> None:
     copied.notes["seen"].append(2)
     assert state(model) == before
     assert state(copied) != before
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_data_of_a_tensor_is_traced_without_its_gradient(training: bool) -> None:
+    function = Function(lambda m, u, x: (m.a(u) * u.data.gt(0) + m.a(x).data).masked_fill(x.data > 1, 0.0))
+    function.train(training)
+    spec = roo.FeatureSpec(["u"], ["x"])
+    rewritten = roo.rewrite(function, (torch.randn(5, 4), torch.randn(5, 4)), spec=spec, check=True)
+    assert rewritten._whole_program().emitted is not None
+    roo.verify(function, rewritten, batches=4)
