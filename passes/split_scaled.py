@@ -158,9 +158,11 @@ def square(s: Splitter, app: Application) -> Form | None:
 
 def _one_a_row(s: Splitter, x: Form, y: Any, dim: int) -> Whole | None:
     """y with as many dims as x, if it has size 1 along `dim` and x's shape elsewhere at most."""
+    if not _fits(x, y):
+        return None
     if isinstance(y, Expanded) and y.ndim == x.ndim and same_size(y.form.shape[dim], 1):
         y = y.form
-    if not _fits(x, y) or (isinstance(x, Blocks) and provenance(y) is not Provenance.IMPRESSION):
+    if isinstance(x, Blocks) and provenance(y) is not Provenance.IMPRESSION:
         return None
     back = dim - x.ndim
     return _aligned(s, x, y) if y.ndim + back < 0 or same_size(y.shape[back], 1) else None

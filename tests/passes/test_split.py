@@ -276,3 +276,12 @@ def test_a_rule_that_asks_for_the_shape_of_the_result(captured: Function) -> Non
 
     trace, before, graph, _ = split_of(captured, model)
     same(trace, before, graph)
+
+
+def test_a_cut_value_times_one_that_is_expanded_beyond_it(captured: Function) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        fields = torch.cat([u[:, :2], x[:, :2]], 1).unsqueeze(2)
+        return F.linear((fields * x[:, :1].expand(-1, 2).unsqueeze(1)).flatten(1), torch.cat([m.w, m.w], 1))
+
+    trace, before, graph, _ = split_of(captured, model)
+    same(trace, before, graph)
