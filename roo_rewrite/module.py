@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from roo_rewrite import parts
@@ -206,7 +207,7 @@ class RequestModel(nn.Module):
 
     def _mode(self) -> Any:
         """The state of the model that a program is specialised to."""
-        return (self.training, state(self._watched), ambient())
+        return (self.training, state(self._watched), ambient(), dist.is_available() and dist.is_initialized())
 
     def _inlined(self, atoms: Sequence[Tensor], statics: Sequence[Any]) -> Program:
         """The program to inline while compiling: a known one for such inputs and any batch size, or the original."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,20 @@ def test_books_that_forward_does_not_read_cost_nothing() -> None:
         model.seen_elsewhere = step
         agree(model, made)
     assert made._built == 1
+
+
+def test_programs_of_one_process_are_not_those_of_several(tmp_path: Path) -> None:
+    """A SyncBatchNorm is a plain batch norm until there are processes to sync with."""
+    model = Pickled().double().eval()
+    made = rewritten(model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        agree(model, made)
+        assert made._built == 2
+    finally:
+        torch.distributed.destroy_process_group()
+    agree(model, made)
+    assert made._built == 2
 
 
 def test_a_setting_in_a_plain_argument_is_followed() -> None:
