@@ -92,7 +92,7 @@ class Application:
 
 
 _TOPICS = """blocks joins picks views sums linear chains addmm conv products einsum reductions extremes norms batch_norm
-masks attention"""
+masks attention rnn"""
 
 
 def _load() -> None:

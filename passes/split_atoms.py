@@ -188,6 +188,28 @@ def joined(atoms: Sequence[Atom]) -> list[Atom]:
     return list(out.values())
 
 
+def added(s: Splitter, atoms: Sequence[Atom]) -> list[Atom]:
+    """Terms of one side that meet the same columns, and nothing else, are added before the product."""
+    alone = [a for a in atoms if sum(a.node is other.node for other in atoms) == 1]
+    out: list[Atom] = []
+    sums: dict[object, list[Atom]] = {}
+    for atom in atoms:
+        shape = tuple(str(n) for n in atom.node.meta["val"].shape)
+        early = side(atom.node) is not Provenance.IMPRESSION
+        key = (atom.columns, atom.weight, atom.factor, atom.single, early, shape) if atom.index is None else atom
+        if atom in alone:
+            sums.setdefault(key, []).append(atom)
+        else:
+            out.append(atom)
+    for terms in sums.values():
+        if len(terms) == 1:
+            out.append(terms[0])
+        else:
+            form = Sum(tuple((a.coefficient, Whole(a.node)) for a in terms), tuple(terms[0].node.meta["val"].shape))
+            out.append(replace(terms[0], coefficient=1.0, node=s.builder.whole(form)))
+    return out
+
+
 def grouped(atoms: Sequence[Atom], back: int) -> list[Group]:
     """Atoms by side, factor and shape but for the contracted dim `back` (from the end), request side first.
 

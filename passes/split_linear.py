@@ -21,7 +21,7 @@ from torch.fx import Node
 from passes import split_outer
 from passes.forms import Blocks, Form, Lazy, Picked, Scaled, Sum, Whole, dtype_of, is_static, with_size
 from passes.split import Application, Splitter, handles
-from passes.split_atoms import Atom, Group, Meets, atoms_of, grouped, joined
+from passes.split_atoms import Atom, Group, Meets, added, atoms_of, grouped, joined
 from passes.split_scaled import Centred
 from roo_rewrite.facts import Provenance
 
@@ -62,7 +62,7 @@ def product(
     if dtype_of(x) != weight.meta["val"].dtype:
         return None
     n, k = (int(v) for v in weight.meta["val"].shape[:2])
-    atoms = joined(atoms_of(s, x, dim, Meets(tuple(range(k)), weight)))
+    atoms = added(s, joined(atoms_of(s, x, dim, Meets(tuple(range(k)), weight))))
     inside = [a for a in atoms if dim == 1 and shape is None and _factored(a, weight) is not None]
     groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
     shape = shape or with_size(x.shape, dim, n)

@@ -82,3 +82,11 @@ def test_integer_sums_stay_as_they_are(law: Any) -> None:
         return torch.add(u, x, alpha=3) // 7 - u
 
     law(Model(run), u=ids, x=ids)
+
+
+def test_terms_of_one_side_are_added_before_the_product(law: Any) -> None:
+    def run(m: Model, u0: Tensor, u1: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        return F.linear(u0 - x0 + 2 * x1 + u1.tanh(), m.w)
+
+    found = law(Model(run, w=parameter(2, 4)), u0=(4,), u1=(4,), x0=(4,), x1=(4,))
+    assert found.flops() == (2 * 12 * 4 * 2, 2 * 4 * 2 * (3 + 12))
