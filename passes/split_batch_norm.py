@@ -30,7 +30,7 @@ def batch_norm(s: Splitter, app: Application) -> Form | None:
     if not all(app[name] is None or isinstance(app[name], Whole) for name in _OF_CHANNELS):
         return None
     pieces = _runs(s, x) if app["training"] else sides_of(s, x)
-    if not _pays(s, x, pieces):
+    if len(pieces) < 2 or not _pays(s, x, pieces):
         return None
     place: dict[int, tuple[Node, int]] = {}
     for node, places in pieces:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from passes.forms import Blocks, Form, Whole, dtype_of, is_mixed
+from passes.forms import Blocks, Form, Whole, dtype_of, provenance
 from passes.split import Application, Splitter, handles
 from passes.split_reductions import chained, reduced_dims
 from passes.split_scaled import sides_of
@@ -30,7 +30,7 @@ def extreme(s: Splitter, app: Application) -> Form | None:
     if not dtype_of(x).is_floating_point:
         made = chained(s, app)
         return made if isinstance(made, Form) else None
-    if not is_mixed(x) or not _pays(s, app, x):
+    if len(_sides(x)) < 2 or not _pays(s, app, x):
         return None
     (a, n), (c, m) = (_top(s, app, node, dims) for node, _ in sides_of(s, x))
     b = s.builder
@@ -40,6 +40,11 @@ def extreme(s: Splitter, app: Application) -> Form | None:
     tied = b.call(aten.add.Tensor, *(b.call(aten.mul.Tensor, t, w) for t, w in zip((a, c), shares)))
     pick = aten.maximum.default if str(app.target) == "aten.amax.default" else aten.minimum.default
     return Whole(b.call(aten.where.self, b.call(aten.eq.Tensor, a, c), tied, b.call(pick, a, c)))
+
+
+def _sides(x: Blocks) -> set[bool]:
+    """Whether parts depend on the impression: a part of both sides does."""
+    return {provenance(p) is Provenance.IMPRESSION for p in x.parts}
 
 
 def _top(s: Splitter, app: Application, node: Node, dims: list[int]) -> tuple[Node, Node]:
@@ -67,7 +72,7 @@ def logsumexp(s: Splitter, app: Application) -> Form | None:
     x, dims = app.form("self"), reduced_dims(app, app.form("self"))
     if not isinstance(x, Blocks) or dims is None or x.dim not in dims:
         return None
-    if not is_mixed(x) or not dtype_of(x).is_floating_point:
+    if len(_sides(x)) < 2 or not dtype_of(x).is_floating_point:
         return None
     b = s.builder
     both = b.cat([b.call(app.target, node, dims, True) for node, _ in sides_of(s, x)], x.dim)
