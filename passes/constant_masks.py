@@ -26,7 +26,6 @@ from passes.traced import traced
 from roo_rewrite.capture import Captured
 
 aten = torch.ops.aten
-Replacement = tuple[Node, Any]
 
 
 def constant_masks(captured: Captured) -> None:

@@ -22,8 +22,6 @@ from roo_rewrite.data.source import Source, read_row_group
 from roo_rewrite.data.table import Columns
 from roo_rewrite.errors import DataError
 
-MAX_ROWS = 2**40
-
 ORDER_SQL = """
 SELECT k.pos AS pos, r.ordinal AS ordinal
 FROM roo_keys k JOIN (
