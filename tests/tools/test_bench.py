@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fixtures.fanout import Fanout
 from roo_rewrite.errors import RooError
-from tools.bench import flops, ops, speed
+from tools.bench import flops, ops, speed, tables
 from tools.bench.timing import SHAPES, fanouts, interleaved
 
 
@@ -94,6 +94,23 @@ def test_attention_counts_as_its_products() -> None:
             return torch.nn.functional.scaled_dot_product_attention(x, x, x)
 
     assert flops.count_flops(Model(), ((torch.ones(2, 1, 5, 3),), {})) == 2 * 2 * 2 * 5 * 5 * 3
+
+
+def test_a_product_added_in_place_counts() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.zeros(2, 5).addmm_(x, torch.ones(3, 5))
+
+    assert flops.count_flops(Model(), ((torch.ones(2, 3),), {})) == 2 * 2 * 3 * 5
+
+
+def test_the_documents_tables_are_markdown() -> None:
+    arguments = ["deepctr", "WDL", "--fanout", "3", "--impressions", "12", "--rounds", "1"]
+    result = CliRunner().invoke(tables.main, arguments)
+    assert result.exit_code == 0, result.output
+    head, rule, row = result.stdout.splitlines()
+    assert head.count("|") == rule.count("|") == row.count("|")
+    assert row.startswith("| WDL | 3 | ")
 
 
 def test_too_many_flops_are_named() -> None:
