@@ -1,7 +1,7 @@
 """The tables of docs/speed.md, in Markdown.
 
-    python -m tools.bench.tables fixtures --clock cpu
-    python -m tools.bench.tables deepctr --clock cpu
+python -m tools.bench.tables fixtures --clock cpu
+python -m tools.bench.tables deepctr --clock cpu
 """
 
 from __future__ import annotations
