@@ -6,6 +6,7 @@
     add_(y, 1)                                         add(y, 1), later uses of y mean it
     squeeze(x: [B, 1])                                 squeeze(x, [1])
     slice(x, 0, 0, max), dropout(x, 0.5, False)        x
+    cat([x[:, :0], y], 1)                              cat([y], 1)
     masked_select(x, buffer)                           index_select (see `constant_masks`)
     zeros([B, 3], device="cpu")                        zeros([B, 3], device=<device of the inputs>)
 
@@ -221,11 +222,25 @@ def _view(captured: Captured, node: Node) -> Node:
     return new
 
 
+def _cat(captured: Captured, node: Node) -> Node | None:
+    """Parts without entries are left out: they would make a user's features depend on the item."""
+    parts, dim = node.args[0], node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    out = node.meta["val"]
+    assert isinstance(parts, (list, tuple))
+    assert isinstance(dim, int)
+    values = [(part, part.meta["val"]) for part in parts if isinstance(part, Node)]
+    kept = [(part, v) for part, v in values if v.ndim != out.ndim or captured.expr(v.shape[dim]) != 0]
+    if any(v.dtype == out.dtype for _, v in kept):
+        node.args = ([part for part, _ in kept], *node.args[1:])
+    return None
+
+
 _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.lift_fresh_copy.default: _lift,
     aten.dropout.default: _dropout,
     aten.feature_dropout.default: _dropout,
     aten.alpha_dropout.default: _dropout,
+    aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze_dim,

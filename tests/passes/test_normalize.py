@@ -33,6 +33,14 @@ CASES = {
         "squeeze_dims = squeeze(unsqueeze, [1])",
     ),
     "squeeze of a dim that is not 1 is dropped": (lambda m, u, x: u.squeeze(0) + x, "add = add(u, x)"),
+    "a part without entries is left out": (
+        lambda m, u, x: torch.cat([x[:, :0], u], 1) * x,
+        "cat = cat([u], 1)",
+    ),
+    "a part that is empty and gives the dtype stays": (
+        lambda m, u, x: torch.cat([x[:, :0].double(), u], 1) * x,
+        "cat = cat([to, u], 1)",
+    ),
     "a view is a reshape": (lambda m, u, x: u.view(-1, 2, 2) + 1, "reshape_default = reshape(u, [-1, 2, 2])"),
     "a view to its own shape is dropped": (lambda m, u, x: u.view(-1, 4) + x, "add = add(u, x)"),
     "a draw nobody reads stays": (lambda m, u, x: (torch.rand(3), u + x)[1], "rand = rand([3])"),
