@@ -8,6 +8,7 @@
     slice(x, 0, 0, max), dropout(x, 0.5, False)        x
     cat([x[:, :0], y], 1)                              cat([y], 1)
     masked_select(x, buffer)                           index_select (see `constant_masks`)
+    index_put(x, [rows T times, c], v)                 by rows (see `repeated_rows`)
     zeros([B, 3], device="cpu")                        zeros([B, 3], device=<device of the inputs>)
 
 Postcondition: no higher-order ops that only wrap, no in-place ops but marked effects, no op that is the
@@ -27,6 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.constant_masks import constant_masks
 from passes.functionalize import functionalize, is_effect, keeps, mutated
+from passes.repeated_rows import repeated_rows
 from roo_rewrite.capture import Captured
 from roo_rewrite.guards import BATCH
 
@@ -55,6 +57,7 @@ def normalize(captured: Captured) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function":
             _simplify(captured, node)
+    repeated_rows(captured)
     _free_devices(captured)
     graph.eliminate_dead_code(is_impure_node=keeps)
     graph.lint()
