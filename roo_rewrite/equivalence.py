@@ -1,6 +1,6 @@
 """What "equal" means, and verify(): the rewritten model against F(E(U), x) on drawn jagged batches.
 
-Values and gradients are compared in float64, on copies of both models. In lower precision a result is
+Values and gradients are compared in float64, on one copy of each model. In lower precision a result is
 judged by its distance to the float64 truth, relative to the original's own distance.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from roo_rewrite.closeness import compact, compare, gradients_differ, together, tolerance
 from roo_rewrite.errors import EquivalenceError, InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
@@ -70,49 +70,6 @@ def _moved(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return tensor.detach().clone()
     factor = 1 + 0.1 * (2 * torch.rand(tensor.shape, generator=generator) - 1)
     return torch.where(tensor == tensor.round(), tensor, tensor * factor.to(tensor)).detach()
-
-
-def compare(
-    found: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    reshape: bool = False,
-    precision: torch.dtype = torch.float64,
-) -> str | None:
-    """The first output that differs beyond the rounding of its dtype, or of a lower `precision`, in words."""
-    if len(found) != len(expected):
-        return f"{len(found)} outputs instead of {len(expected)}"
-    for i, (got, want) in enumerate(zip(found, expected)):
-        if reshape and got.numel() == want.numel():
-            want = want.reshape(got.shape)
-        if got.shape != want.shape or got.dtype != want.dtype:
-            return f"output {i} is {got.dtype} {list(got.shape)} instead of {want.dtype} {list(want.shape)}"
-        error = distance(got, want)
-        if error > max(tolerance(want.dtype), tolerance(precision) * want.is_floating_point()):
-            return f"output {i} is off by {error:.2e} of its scale"
-    return None
-
-
-def tolerance(dtype: torch.dtype) -> float:
-    """How far two ways to compute the same may lie apart, relative to the largest entry."""
-    real = dtype.to_real() if dtype.is_complex else dtype
-    return {torch.float64: 1e-9, torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 2e-2}.get(real, 0.0)
-
-
-def distance(got: Tensor, want: Tensor, floor: float = 0.0) -> float:
-    """The largest difference relative to the scale of `want`, at least `floor`; what is not finite must agree."""
-    if not want.numel():
-        return 0.0
-    if not want.is_floating_point() and not want.is_complex():
-        return 0.0 if torch.equal(got, want) else float("inf")
-    finite = torch.isfinite(want)
-    if not torch.equal(torch.isfinite(got), finite):
-        return float("inf")
-    if not torch.equal(torch.nan_to_num(got[~finite], 7.0), torch.nan_to_num(want[~finite], 7.0)):
-        return float("inf")
-    if not bool(finite.any()):
-        return 0.0
-    gap = (got[finite] - want[finite]).abs().max()
-    return float(gap / want[finite].abs().max().clamp_min(max(floor, 1e-3)))
 
 
 # -- verify
@@ -258,21 +215,23 @@ def check_once(
     problem = compare(found, expected, reshape, precision) or gradients_differ(names, got, want, precision)
     if problem is None:
         return ""
-    shaken_runs = [
-        (first, drawn.run(shaken(module, shake), level))
-        for shake in range(SHAKES)
-        for module, level, first in (
-            (truth, Provenance.IMPRESSION, (expected, want)),
-            (other, Provenance.REQUEST, (found, got)),
-        )
-    ]
+    outs, grads = [expected, found], [want, got]
+    for shake in range(SHAKES):
+        for module, level in ((truth, Provenance.IMPRESSION), (other, Provenance.REQUEST)):
+            values, gradients_of = drawn.run(shaken(module, shake), level)
+            outs.append(values)
+            grads.append(gradients_of)
+    total = sum(g.numel() for g in got if g is not None)
+    want, got, *moved = together(*grads)
+    left_out = total - sum(g.numel() for g in got if g is not None)
     limit = tolerance(precision) / (10 if precision is torch.float64 else 2)
-    outputs = steadied(found, expected, [(a[0], b[0]) for a, b in shaken_runs], limit)
-    grads = steadied(got, want, [(a[1], b[1]) for a, b in shaken_runs], limit)
-    still = compare(outputs, expected, reshape, precision) or gradients_differ(names, grads, want, precision)
+    runs = list(zip([(expected, want), (found, got)] * SHAKES, zip(outs[2:], moved)))
+    outputs = steadied(found, expected, [(a[0], b[0]) for a, b in runs], limit)
+    calm = steadied(got, want, [(a[1], b[1]) for a, b in runs], limit)
+    still = compare(outputs, expected, reshape, precision) or gradients_differ(names, calm, want, precision)
     if still is not None:
         return still
-    return "" if judged([*found, *got], [*outputs, *grads]) else None
+    return "" if judged([*found, *got], [*outputs, *calm], left_out) else None
 
 
 @dataclass(frozen=True)
@@ -295,7 +254,7 @@ class _Drawn:
         return cls(inputs, other._example[1], batch, seed, grad)
 
     def run(self, module: nn.Module, level: Provenance) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Outputs, and the gradients of a weighted sum of them by every parameter and float input."""
+        """Outputs, and the gradients of a weighted sum of them by every parameter and float input, compact."""
         request = level is Provenance.REQUEST
         atoms = self.batch.atoms if request else self.batch.expanded(self.inputs)
         if not self.gradients:  # then inputs may be changed in place
@@ -312,36 +271,8 @@ class _Drawn:
             if not (self.gradients and floats and asking):
                 return [t.detach() for t in outputs], [None] * len(wanted)
             loss = sum((t * w).sum() for t, w in zip(floats, weights))
-            grads = iter(torch.autograd.grad(loss, asking, allow_unused=True))  # type: ignore[arg-type]
-            return [t.detach() for t in outputs], [next(grads) if t.requires_grad else None for t in wanted]
-
-
-def gradients_differ(
-    names: Sequence[str], got: Sequence[Tensor | None], want: Sequence[Tensor | None], precision: torch.dtype
-) -> str | None:
-    """The first gradient that is missing, or differs beyond rounding, in words."""
-    limit, floor = max(1e-7, 10 * tolerance(precision)), noise(want)
-    for name, a, b in zip(names, got, want, strict=True):
-        if (a is None) != (b is None) and not _zero(a if b is None else b):
-            return f"the gradient of {name!r} is {'missing' if a is None else 'there'}, unlike the original's"
-        error = 0.0 if a is None or b is None else distance(_dense(a), _dense(b), floor)
-        if error > limit:
-            return f"the gradient of {name!r} is off by {error:.2e} of its scale"
-    return None
-
-
-def noise(grads: Sequence[Tensor | None]) -> float:
-    """The scale below which a gradient is judged as one that should be 0 (of a bias before a batch norm, say)."""
-    sizes = [float(_dense(g).abs().max()) for g in grads if g is not None and g.numel()]
-    return 1e-3 * max((s for s in sizes if math.isfinite(s)), default=0.0)
-
-
-def _dense(grad: Tensor) -> Tensor:
-    return grad.to_dense() if grad.layout != torch.strided else grad
-
-
-def _zero(grad: Tensor | None) -> bool:
-    return grad is None or not bool(_dense(grad).any())
+            grads = list(torch.autograd.grad(loss, asking, allow_unused=True))[::-1]  # type: ignore[arg-type]
+            return [t.detach() for t in outputs], [compact(grads.pop()) if t.requires_grad else None for t in wanted]
 
 
 def weighted(outputs: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:

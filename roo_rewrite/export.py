@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from roo_rewrite.equivalence import compare, draw_batch
+from roo_rewrite.closeness import compare
+from roo_rewrite.equivalence import draw_batch
 from roo_rewrite.errors import EmitError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.module import RequestModel

@@ -17,7 +17,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from roo_rewrite.equivalence import compare, draw_batch
+from roo_rewrite.closeness import compare
+from roo_rewrite.equivalence import draw_batch
 from roo_rewrite.errors import EquivalenceError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.leaves import tensors_of

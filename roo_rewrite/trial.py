@@ -15,17 +15,9 @@ from torch.fx import Graph
 
 from roo_rewrite.calls import ambient, without_empty
 from roo_rewrite.capture import Captured
+from roo_rewrite.closeness import compare, distance, gradients_differ, noise, tolerance
 from roo_rewrite.emit import runnable
-from roo_rewrite.equivalence import (
-    Batch,
-    compare,
-    distance,
-    draw_batch,
-    gradients_differ,
-    noise,
-    tolerance,
-    weighted,
-)
+from roo_rewrite.equivalence import Batch, draw_batch, weighted
 from roo_rewrite.errors import EquivalenceError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
@@ -214,9 +206,10 @@ class Trial:
             truth = _backward(expected, wanted)
         except RuntimeError:  # reentrant checkpointing, for one, cannot be asked for gradients
             return None
+        floor = noise(truth)
         for (name, wrt), got, want in zip(named, _backward(found, wanted), truth):
             got, want = (torch.zeros_like(wrt) if g is None else g.to_dense() for g in (got, want))
-            if distance(got, want, noise(truth)) > max(1e-6, 50 * tolerance(wrt.dtype), 10 * tolerance(precision)):
+            if distance(got, want, floor) > max(1e-6, 50 * tolerance(wrt.dtype), 10 * tolerance(precision)):
                 return f"the gradient of {name!r} is off"
         return None
 
