@@ -243,9 +243,17 @@ def _inverse(graph: Graph, view: Node, new: Node, x: Node) -> Node | None:
             return _call(graph, aten.reshape_as.default, (new, x), {}, x)
         case "aten.alias.default" | "aten.to.dtype" | "aten.contiguous.default":
             return new
+        case "aten.detach.default" if not _has_history(x):
+            return new
         case _ if view.target is operator.getitem:
             return _unsplit(graph, view, new, x)
     return None
+
+
+def _has_history(x: Node) -> bool:
+    """Whether a gradient may flow through x: a write through detach(x) would leave it as it was."""
+    made_of = [n for n in x.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    return x.op != "call_function" or bool(x.target is not aten.detach.default and made_of)
 
 
 def _unsplit(graph: Graph, view: Node, new: Node, split: Node) -> Node | None:

@@ -106,3 +106,22 @@ def test_statistics_of_one_norm_are_no_effect(captured: Callable[..., Any]) -> N
     trace, _ = captured(lambda m, u, x: m.norm(u) + x, training=True)
     normalize(trace)
     assert "batch_norm" not in marked(trace.graph)
+
+
+def test_a_module_made_in_forward_is_filled_without_a_write(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(lambda m, u, x: torch.nn.LayerNorm(4)(u) + x)
+    normalize(trace)
+    assert not marked(trace.graph)
+
+
+def test_a_write_through_detach_leaves_the_gradient(captured: Callable[..., Any]) -> None:
+    """The values of y are new, its gradient is the old one: no value says that."""
+
+    def function(m: Any, u: Any, x: Any) -> Any:
+        y = u @ m.w
+        y.detach().mul_(2)
+        return y + x
+
+    trace, _ = captured(function)
+    normalize(trace)
+    assert any(name.startswith("mul_") for name in marked(trace.graph))
