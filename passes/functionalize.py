@@ -239,7 +239,13 @@ def _inverse(graph: Graph, view: Node, new: Node, x: Node) -> Node | None:
             ndim, order = len(args[1]), args[1]  # type: ignore[arg-type]
             back = sorted(range(ndim), key=lambda i: order[i] % ndim)  # type: ignore[index,operator]
             return _call(graph, aten.permute.default, (new, back), {}, x)
-        case "aten.view.default" | "aten.unflatten.int":
+        case (
+            "aten.view.default"
+            | "aten.unflatten.int"
+            | "aten.squeeze.default"
+            | "aten.squeeze.dim"
+            | "aten.squeeze.dims"
+        ):
             return _call(graph, aten.reshape_as.default, (new, x), {}, x)
         case "aten.alias.default" | "aten.to.dtype" | "aten.contiguous.default":
             return new

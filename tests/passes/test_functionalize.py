@@ -44,9 +44,17 @@ def split(m: Any, u: Any, x: Any) -> Any:
     return y + x
 
 
+def squeezed(m: Any, u: Any, x: Any) -> Any:
+    y = (u * 2).unsqueeze(2)
+    scores = y.squeeze(2)
+    scores.masked_fill_(u > 0, -1.0)
+    return y.sum(2) + scores
+
+
 CASES: dict[str, tuple[Callable[..., Any], str]] = {
     "select": (fills, "select_scatter("),
     "transpose and select": (chained, "select_scatter(t, add_tensor, 0, 1)"),
+    "squeeze": (squeezed, "reshape_as("),
     "a view of what was written": (seen_through_a_view, "slice(add_"),
     "copy_": (copied, "clone(expand_as_default)"),
     "a part of a split": (split, "slice_scatter(mul, mul_tensor, 1, 0, 1)"),
