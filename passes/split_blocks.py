@@ -15,6 +15,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from passes.coalesce import coalesced, picked, source
 from passes.forms import (
     Blocks,
     Expanded,
@@ -38,9 +39,6 @@ from roo_rewrite.rules.families import broadcasting
 from roo_rewrite.rules.registry import Operand, find, infer, make_call
 
 aten = torch.ops.aten
-
-
-_MANY = 4
 
 
 def blockwise(s: Splitter, app: Application) -> Form | None:
@@ -89,6 +87,9 @@ def _pointwise(s: Splitter, app: Application) -> Form | None:
         return result if same_shape(small, shape) else Expanded(result, shape)
     back = cut.dim - cut.ndim
     bare = mapped(bare, lambda f: coalesced(s, f) if isinstance(f, Blocks) and f.dim - f.ndim == back else f)
+    if not any(isinstance(f, Blocks) and f.dim - f.ndim == back for f in operands(bare)):
+        result = s.apply(bare)
+        return result if same_shape(small, shape) else Expanded(result, shape)
     pieces = cut_operands(s, bare, back)
     if not any(all(has_early(f) for f in operands(p)) for p in pieces):
         return None
@@ -123,18 +124,6 @@ def together(s: Splitter, pieces: Sequence[Application], dim: int, cut_dims: Seq
     return [results[i] for i in range(len(pieces))]
 
 
-def source(form: Form, cut: int) -> Any:
-    """What pieces must share to run as one: the tensor picked from along the cut, or the very form."""
-    if isinstance(form, Picked) and form.dim == cut:
-        return form.base.node, cut
-    return (form.node, cut) if isinstance(form, Whole) and cut >= 0 else id(form)
-
-
-def picked(form: Form, dim: int) -> Sequence[int]:
-    """The entries of its source along `dim` that a form is."""
-    return form.index if isinstance(form, Picked) and form.dim == dim else range(hint(form.shape[dim]))
-
-
 def _joined(pieces: Sequence[Application], cut_dims: Sequence[int]) -> Application:
     """One application whose picks are those of all pieces, in order."""
     stock = iter(zip(cut_dims, zip(*(operands(p) for p in pieces))))
@@ -148,34 +137,6 @@ def _joined(pieces: Sequence[Application], cut_dims: Sequence[int]) -> Applicati
         return Picked(base, cut, tuple(i for f in forms for i in picked(f, cut)))
 
     return mapped(pieces[0], join)
-
-
-def coalesced(s: Splitter, form: Blocks) -> Blocks:
-    """Blocks whose plain parts of each side are picks of one tensor; few parts stay as they are."""
-    if len(form.parts) <= _MANY:
-        return form
-    for early in (True, False):
-        mine = [
-            p
-            for p in form.parts
-            if isinstance(p, (Whole, Picked)) and (provenance(p) is not Provenance.IMPRESSION) == early
-        ]
-        nodes = list(dict.fromkeys(s.builder.whole(p) for p in mine))
-        if len(mine) < 2 or len({p.base.node for p in mine if isinstance(p, Picked)}) == 1 == len(nodes):
-            continue
-        base, starts, total = Whole(s.builder.cat(nodes, form.dim)), dict[Node, int](), 0
-        for node in nodes:
-            starts[node] = total
-            total += int(node.meta["val"].shape[form.dim])
-        places = {id(p): (starts[s.builder.whole(p)], hint(p.shape[form.dim])) for p in mine}
-        form = Blocks(
-            form.dim,
-            tuple(
-                Picked(base, form.dim, tuple(range(places[id(p)][0], sum(places[id(p)])))) if id(p) in places else p
-                for p in form.parts
-            ),
-        )
-    return form
 
 
 def has_early(form: Form) -> bool:
@@ -313,10 +274,12 @@ def placed(app: Application, marks: dict[int, int], size: int) -> Rows:
 
 
 def _by_rule(s: Splitter, app: Application) -> Form | None:
-    cut = next((f for f in operands(app) if isinstance(f, Blocks)), None)
-    if cut is None:
+    if not any(isinstance(f, Blocks) for f in operands(app)):
         return None
+    app = mapped(app, lambda f: coalesced(s, f) if isinstance(f, Blocks) else f)
     blocks = [f for f in operands(app) if isinstance(f, Blocks)]
+    if not blocks:
+        return s.apply(app)
     sizes = refined([b.sizes for b in blocks])
     if any(sum(b.sizes) != sum(sizes) for b in blocks):
         return None

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from passes.coalesce import coalesced, merged_picks
 from passes.constants import evaluate
 from passes.forms import (
     Blocks,
     Expanded,
     Filled,
     Form,
-    Picked,
     Sum,
     Whole,
     dtype_of,
@@ -26,7 +25,7 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import coalesced, cut_operands, mapped, pick_form, running, source, together
+from passes.split_blocks import cut_operands, mapped, pick_form, running, together
 
 aten = torch.ops.aten
 
@@ -58,21 +57,6 @@ def _by_piece(s: Splitter, app: Application, dim: int) -> Form | None:
     app = mapped(app, lambda f: coalesced(s, f) if isinstance(f, Blocks) and f.dim == cut else f)
     pieces = cut_operands(s, app, cut - forms[0].ndim)
     return Blocks(cut, tuple(together(s, pieces, cut, [cut] * len(forms))))
-
-
-def merged_picks(parts: Iterable[Form], dim: int) -> tuple[Form, ...]:
-    """Neighbouring picks of one tensor along `dim` become one."""
-    out: list[Form] = []
-    for part in parts:
-        before = out[-1] if out else None
-        same = isinstance(part, Picked) and isinstance(before, Picked) and part.dim == dim
-        if same and source(part, dim) == source(before, dim):  # type: ignore[arg-type]
-            assert isinstance(part, Picked)
-            assert isinstance(before, Picked)
-            out[-1] = Picked(part.base, part.dim, (*before.index, *part.index))
-        else:
-            out.append(part)
-    return tuple(out)
 
 
 @handles("aten.stack.default")

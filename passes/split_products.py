@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from passes.coalesce import coalesced
 from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import has_early, pick_form, refined
@@ -61,7 +62,9 @@ def _as_outer(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str]) -> F
 
 
 def _simple(s: Splitter, form: Form) -> Form:
-    """Sums and picks are carried out; blocks stay."""
+    """Sums and picks are carried out; blocks stay, those of one side together."""
+    if isinstance(form, Blocks):
+        form = coalesced(s, form)
     return form if isinstance(form, (Blocks, Expanded, Whole, Filled)) else Whole(s.builder.whole(form))
 
 
