@@ -44,7 +44,7 @@ aten = torch.ops.aten
 def blockwise(s: Splitter, app: Application) -> Form | None:
     """The op on parts. Raises NotRowWise, or returns None, where it needs its operands whole."""
     rule = find(str(app.target))
-    if rule is None or rule.sizes:
+    if rule is None or rule.sizes or len(app.target._schema.returns) != 1:
         return None
     simple = (Whole, Blocks, Expanded)
     if not all(isinstance(f, simple) for f in operands(app)):

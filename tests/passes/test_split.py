@@ -140,6 +140,7 @@ EQUAL = {
     "picks": lambda m, u, x: torch.cat([u, x], 1)[:, [0, -1, 3, 3]] @ m.w,
     "narrow": lambda m, u, x: torch.narrow(torch.cat([u, x], 1), 1, -6, 4) @ m.w,
     "unbound": lambda m, u, x: torch.stack(torch.cat([u, x], 1).unbind(1)[2:6], 1) @ m.w,
+    "two results": lambda m, u, x: torch.ops.aten.log_sigmoid_forward(u[:, :1].expand(-1, 4))[0] * x,
     "sums of cut parts": lambda m, u, x: torch.cat([torch.stack([u, x], 1), torch.stack([x, u * 2], 1)], 2).sum(2),
     "the largest of cut parts": lambda m, u, x: torch.cat([torch.stack([u, x], 1), torch.stack([x, u * 2], 1)], 2).amax(
         2
