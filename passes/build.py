@@ -55,7 +55,7 @@ class Builder:
             made.meta[PROVENANCE] = _join(made)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        """A new row-wise call, with its traced value."""
+        """A new row-wise call, with its traced value. Raises NotRowWise where that holds for the traced batch only."""
         key = (target, _frozen(args), _frozen(kwargs))
         if key not in self.known:
             self.known[key] = self.again(target, *args, **kwargs)
@@ -63,11 +63,11 @@ class Builder:
 
     def again(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """As `call`, for what has an effect: never the node of an equal call."""
+        value = traced(target, *torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"]))
         made = self.graph.call_function(target, args, kwargs)
         if self.origin is not None:
             made.meta = {k: v for k, v in self.origin.meta.items() if k in ("stack_trace", "nn_module_stack")}
-        values = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        made.meta["val"] = traced(target, *values)
+        made.meta["val"] = value
         made.meta[PROVENANCE] = _join(made)
         return made
 

@@ -161,7 +161,10 @@ class Splitter:
         if node.target is operator.getitem and isinstance(self.forms.get(node.args[0]), list):  # type: ignore[arg-type]
             self.forms[node] = self.forms[node.args[0]][node.args[1]]  # type: ignore[index]
             return
-        result = self._split(node) if _may_split(node) else None
+        try:
+            result = self._split(node) if _may_split(node) else None
+        except NotRowWise:  # what a handler would build holds for the traced batch only
+            result = None
         if result is not None:
             self.forms[node] = result
             return
