@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from roo_rewrite.errors import CaptureError
+
+
+class Shape(tuple):  # type: ignore[type-arg]
+    """A torch.Size in the structure of an output: torch's own rule for it makes a plain tuple."""
+
+
+def _size(values: Iterable[Any], _: Any) -> Any:
+    values = tuple(values)
+    return torch.Size(values) if all(isinstance(v, (int, torch.SymInt)) for v in values) else Shape(values)
+
+
+pytree.register_pytree_node(Shape, lambda shape: (list(shape), None), _size)
 
 
 class _Computed:
@@ -35,10 +47,17 @@ def flatten_output(out: Any) -> tuple[list[Any], pytree.TreeSpec]:
             break
         for kind in unknown:
             torch.export.register_dataclass(kind)
+    if any(_is_size(v) for v in pytree.tree_leaves(out, is_leaf=_is_size)):
+        out = pytree.tree_map(lambda v: Shape(v) if _is_size(v) else v, out, is_leaf=_is_size)
+        values, tree = pytree.tree_flatten(out)
     strange = next((v for v in values if not isinstance(v, (*COMPUTED, *_KEPT))), None)
     if strange is not None:
         raise CaptureError(f"forward returns a {type(strange).__name__}, which is no tensor and no plain value")
     return values, tree
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, torch.Size)
 
 
 def unflatten_output(out_values: Sequence[Any], out_tree: pytree.TreeSpec, tensors: Sequence[Tensor]) -> Any:

@@ -27,7 +27,7 @@ from roo_rewrite.emit import Emitted
 from roo_rewrite.errors import EmitError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
-from roo_rewrite.outputs import unflatten_output
+from roo_rewrite.outputs import Shape, unflatten_output
 from roo_rewrite.places import place_of
 from roo_rewrite.program import LeafCall
 
@@ -213,6 +213,8 @@ class _Printer:
             return f'float("{value}")'
         if hasattr(value, "__dataclass_fields__"):
             return self._namespace({k: getattr(value, k) for k in value.__dataclass_fields__})
+        if isinstance(value, (torch.Size, Shape)):
+            return f"torch.Size({self.value(tuple(value))})"
         if isinstance(value, tuple) and hasattr(value, "_asdict"):
             return self._namespace(value._asdict())
         if isinstance(value, dict):
