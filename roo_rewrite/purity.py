@@ -132,11 +132,12 @@ def untraceable(model: nn.Module, first: Callable[[nn.Module], Any], second: Cal
     """
     if model._backward_hooks or model._backward_pre_hooks:
         return "the model has backward hooks of its own"
-    ran, fresh = twin(model), twin(model)
+    fresh = twin(model)
     with random_kept(), torch.no_grad():
         torch.manual_seed(0)
         before = _generators()
-        first(ran)
+        ran = _after(model, first)
+        _spoil(ran)
         known, buffers = state(ran), dict(ran.named_buffers())
         versions = [(t, t._version) for t in _tensors(ran)]
         changed = [name for name, value in buffers.items() if name not in dict(model.named_buffers())]
@@ -156,6 +157,34 @@ def untraceable(model: nn.Module, first: Callable[[nn.Module], Any], second: Cal
     if not _same(one, two):
         return "what forward returns depends on the calls before"
     return None
+
+
+def _after(model: nn.Module, first: Callable[[nn.Module], Any]) -> nn.Module:
+    """A twin after a call, with gradients where the model runs with them: they tell what it keeps of its parameters."""
+    ran = twin(model)
+    try:
+        with torch.enable_grad():
+            first(ran)
+    except Exception:  # whatever user code raises
+        ran = twin(model)
+        first(ran)
+    return ran
+
+
+def _spoil(ran: nn.Module) -> None:
+    """NaN for what calls left in attributes and a gradient would flow through: a trace would not know to read it."""
+    left = {id(t) for t in kept(ran)}
+
+    def spoiled(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.full_like(value, torch.nan) if id(value) in left else value
+        inner = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+        if not any(id(v) in left for v in inner):
+            return value
+        return {k: spoiled(v) for k, v in value.items()} if type(value) is dict else type(value)(map(spoiled, value))
+
+    for module in ran.modules():
+        vars(module).update({key: spoiled(value) for key, value in _attributes(module)})
 
 
 def _load(model: nn.Module, buffers: Mapping[str, Tensor]) -> None:
