@@ -7,6 +7,7 @@ gradients of one parameter in several runs over the rows that any of them has: w
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -83,7 +84,9 @@ def compact(grad: Tensor | None) -> Tensor | None:
     rows = _rows_in_use(grad)
     if 2 * len(rows) > len(grad):
         return grad
-    return torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, is_coalesced=True, check_invariants=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11 warns that nothing is checked even when told to check
+        return torch.sparse_coo_tensor(rows[None], grad[rows], grad.shape, is_coalesced=True, check_invariants=True)
 
 
 def _rows_in_use(grad: Tensor) -> Tensor:
