@@ -40,7 +40,8 @@ def _of_one_tensor(s: Splitter, parts: tuple[Form, ...], dim: int, early: bool) 
             along = isinstance(part, Picked) and part.dim == dim
             found[i] = part.base.node if along else s.builder.whole(part)  # type: ignore[union-attr]
             used.setdefault(found[i], set()).update(picked(part, dim))
-    if len(used) < 2:
+    picks = {(node, tuple(picked(parts[i], dim))) for i, node in found.items()}
+    if len(used) < 2 or len(picks) >= _MANY * len(used):  # few tensors already
         return parts
     kept = {node: sorted(entries) for node, entries in used.items()}
     base = Whole(s.builder.cat([s.builder.pick(node, dim, index) for node, index in kept.items()], dim))

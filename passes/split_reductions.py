@@ -15,6 +15,7 @@ from passes.forms import Blocks, Expanded, Form, Sum, dtype_of, provenance, same
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import broadcast
 from passes.split_scaled import Squared, sum_of_squares
+from passes.split_weighted import Weighted, weighted_sum
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -31,6 +32,8 @@ def total(s: Splitter, app: Application) -> Form | None:
         weight = 1.0 / int(x.shape[dims[0]]) if str(app.target).startswith("aten.mean") else 1.0
         made = sum_of_squares(s, x.inner, weight)
         return made if app["keepdim"] else s.op(aten.squeeze.dim, made, dims[0])
+    if isinstance(x, Weighted) and str(app.target).startswith("aten.sum"):
+        return weighted_sum(s, app, x, dims)
     if isinstance(x, Sum):
         return _of_terms(s, app, x, dims)
     if not isinstance(x, Blocks) or x.dim not in dims or not dtype_of(x).is_floating_point:

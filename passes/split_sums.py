@@ -28,6 +28,7 @@ from passes.split_masks import added_mask
 from passes.split_outer import outer
 from passes.split_scaled import centred
 from passes.split_scaled import scaled as scaled_rows
+from passes.split_weighted import weighted
 from roo_rewrite.errors import NotRowWise
 
 aten = torch.ops.aten
@@ -94,14 +95,14 @@ def scale(s: Splitter, app: Application) -> Form | None:
 
 @handles("aten.mul.Tensor", "aten.div.Tensor")
 def multiply(s: Splitter, app: Application) -> Form | None:
-    """A sum times a number; anything else is pointwise."""
+    """A sum times a number, parts times weights; anything else is pointwise."""
     x, y = app["self"], app["other"]
     if isinstance(x, Sum) and isinstance(y, (int, float)) and not isinstance(y, bool) and _finite(y):
         return scaled(x, float(y) if str(app.target).startswith("aten.mul") else 1.0 / float(y))
     rows = scaled_rows(s, app)
     if rows is not None or str(app.target) != "aten.mul.Tensor":
         return rows
-    return outer(s, app) or regrouped(s, app)
+    return outer(s, app) or regrouped(s, app) or weighted(s, app)
 
 
 def _finite(factor: float) -> bool:

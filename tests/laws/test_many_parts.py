@@ -59,7 +59,8 @@ def test_attention_over_pairs(law: Any, names: list[str]) -> None:
     assert found.code().count("aten.tensordot") <= 2 * 4, "a product for each pair of sides"
     early = sum(2 if n in WIDE else 1 for n in names if n[0] == "u")
     before, after = found.flops()
-    assert after <= before - (12 - 3) * early * (early - 1) * (4 * 4 + 4)
+    pooled_at_once = 12 * early * (early - 1) * 4  # a product now, so that it counts
+    assert after <= before - (12 - 3) * early * (early - 1) * (4 * 4 + 4) + pooled_at_once
 
 
 def test_what_is_not_read_is_not_computed(law: Any) -> None:
@@ -75,3 +76,47 @@ def test_few_parts_stay_as_they_are(law: Any) -> None:
     """Joining two parts of a side would copy them for nothing."""
     found = made(law, ["u0", "x0", "u1"], lambda m, t: torch.tensordot(t, m.q, dims=([-1], [0])).sum(1))
     assert found.code().count("aten.tensordot") == 3
+
+
+def pooled(op: Any) -> Any:
+    def run(m: Model, t: Tensor) -> Tensor:
+        scores = torch.softmax((t @ m.h).squeeze(-1), 1)
+        return op(scores, t)
+
+    return run
+
+
+POOLED = {
+    "sum": lambda w, t: (w.unsqueeze(-1) * t).sum(1),
+    "sum, weights second, size kept": lambda w, t: (t * w.unsqueeze(-1)).sum(1, keepdim=True),
+    "sum of two dims": lambda w, t: (w.unsqueeze(-1) * t).sum((1, 2)),
+}
+NOT_POOLED = {
+    "another dim": lambda w, t: (w.unsqueeze(-1) * t).sum(2),
+    "mean": lambda w, t: (w.unsqueeze(-1) * t).mean(1),
+    "in another dtype": lambda w, t: (w.unsqueeze(-1).float() * t).sum(1),
+    "weights of every entry": lambda w, t: (w.unsqueeze(-1).expand_as(t).contiguous() * t).sum(1),
+    "not reduced": lambda w, t: w.unsqueeze(-1) * t,
+}
+LABEL = "sum: weighted parts of both sides"
+
+
+@pytest.mark.parametrize("op", POOLED.values(), ids=POOLED)
+@pytest.mark.parametrize("names", [["x0", "u3", "x1"], ORDERS["repeated"]], ids=["few", "many"])
+def test_weighted_sum_over_fields(law: Any, names: list[str], op: Any) -> None:
+    assert LABEL in made(law, names, pooled(op)).took()
+
+
+@pytest.mark.parametrize("op", NOT_POOLED.values(), ids=NOT_POOLED)
+def test_no_weighted_sum(law: Any, op: Any) -> None:
+    assert LABEL not in priced(law, ORDERS["alternating"], pooled(op))
+
+
+def test_the_requests_own_weights_are_no_weighted_sum(law: Any) -> None:
+    found = made(law, ORDERS["alternating"], lambda m, t: (torch.ones_like(t[:, :, :1]) * t).sum(1))
+    assert LABEL not in found.took()
+
+
+def priced(law: Any, names: list[str], run: Any) -> list[str]:
+    found = made(law, names, run)
+    return [c.what for c in found.model._whole_program().candidates if c.gain > 1]

@@ -1,0 +1,97 @@
+"""Weighted sums of parts: attention pooling over fields or pairs of both sides.
+
+sum_d (w * cat[E a, c])  =  sum_d (w_a * E a) + sum_d (w_c * c)        w_p: the entries of w beside p
+
+No part is put beside another, and E a is read at the request's rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from passes.coalesce import coalesced, picked
+from passes.forms import (
+    Blocks,
+    Deferred,
+    Form,
+    Picked,
+    Sum,
+    Whole,
+    dtype_of,
+    is_mixed,
+    provenance,
+    same_shape,
+    same_size,
+)
+from passes.split import Application, Splitter
+from passes.split_blocks import broadcast
+from passes.split_scaled import later
+from roo_rewrite.facts import Provenance
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted(Deferred):
+    """`inner * parts`: `inner`, the impression's, has as many dims and an entry for each of the cut dim."""
+
+    inner: Whole
+    parts: Blocks
+    how: Callable[[], Node]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
+        return self.parts.shape
+
+    def carry(self) -> Node:
+        return self.how()
+
+
+def weighted(s: Splitter, app: Application) -> Form | None:
+    """A product of parts of both sides and an impression's weights; carried out only if asked."""
+    parts, by = app["self"], app["other"]
+    if not isinstance(parts, Blocks):
+        parts, by = by, parts
+    if not isinstance(parts, Blocks) or not isinstance(by, Whole) or not is_mixed(parts) or by.ndim != parts.ndim:
+        return None
+    if not dtype_of(by).is_floating_point or dtype_of(by) != dtype_of(parts):
+        return None
+    fits = same_shape(broadcast([by.shape, parts.shape]), parts.shape)
+    if not fits or not same_size(by.shape[parts.dim], parts.shape[parts.dim]):
+        return None
+    return Weighted(by, parts, later(s, app)) if provenance(by) is Provenance.IMPRESSION else None
+
+
+def weighted_sum(s: Splitter, app: Application, x: Weighted, dims: Sequence[int]) -> Form | None:
+    """Its sum over the cut dim, by the tensors the parts are entries of, if the weights are less to pick than they."""
+    dim = x.parts.dim
+    where = s.builder.origin.name if s.builder.origin is not None else ""
+    before, after = s.price.move(x.shape), s.price.move(x.inner.shape) + s.price.start(6)
+    if dim not in dims or not s.price.take("sum: weighted parts of both sides", before, after, where):
+        return None
+    terms = []
+    for node, index, places in _entries(s, x.parts):
+        weights = s.builder.pick(x.inner.node, dim, places)
+        product = s.builder.call(aten.mul.Tensor, weights, s.builder.pick(node, dim, index))
+        terms.append((1.0, s.plain(app.replaced(self=Whole(product)))))
+    return Sum(tuple(terms), terms[0][1].shape)
+
+
+def _entries(s: Splitter, x: Blocks) -> list[tuple[Node, list[int], list[int]]]:
+    """Of each tensor that has parts: the entries of it, in order, and their places along the cut dim."""
+    form = coalesced(s, x)
+    parts = form.parts if isinstance(form, Blocks) else (form,)
+    found: dict[Node, list[tuple[int, int]]] = {}
+    place = 0
+    for part in parts:
+        along = isinstance(part, Picked) and part.dim == x.dim
+        node = part.base.node if isinstance(part, Picked) and along else s.builder.whole(part)
+        for entry in picked(part, x.dim):
+            found.setdefault(node, []).append((entry, place))
+            place += 1
+    return [(node, [e for e, _ in sorted(pairs)], [p for _, p in sorted(pairs)]) for node, pairs in found.items()]
