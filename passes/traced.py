@@ -8,6 +8,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
@@ -37,13 +38,17 @@ def traced(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 
 @contextlib.contextmanager
 def _unanswered(env: ShapeEnv | None) -> Iterator[None]:
-    """While active, a question about a size that what is known of it leaves open is an error.
+    """While active, a question whose answer would make a size a number is an error. `s >= 16`, by which torch chooses
+    a kernel, may be asked.
 
     torch asks `_check_frozen` first, before it notes anything (its own `error_on_new_guards` does the same, but is
     not in torch 2.11). Of this error it knows that the size has no answer.
     """
 
     def refuse(expr: sympy.Basic, value: sympy.Basic) -> None:
+        pins = value == (sympy.true if isinstance(expr, sympy.Eq) else sympy.false)
+        if isinstance(expr, Relational) and not (isinstance(expr, (sympy.Eq, sympy.Ne)) and pins):
+            return
         raise GuardOnDataDependentSymNode(expr, f"{expr} is {value} for the traced batch only")
 
     if env is None:

@@ -48,6 +48,16 @@ def test_a_call_that_asks_for_a_size_is_refused_and_leaves_no_trace(caplog: pyte
         assert not made.shape[0].node.expr.is_number
 
 
+def test_a_question_that_makes_no_size_a_number_is_answered() -> None:
+    """torch chooses the kernel of a convolution by it."""
+    _, (values,) = fakes()
+    assert (values.shape[0] > 16).node.expr.free_symbols
+    made = traced(lambda x: x if x.shape[0] > 16 else x.t(), (values,))
+    assert made is values
+    weight = values.new_zeros(2, 4, 1)
+    assert traced(aten.conv1d.default, (values.unsqueeze(2), weight)).shape[1] == 2
+
+
 def test_a_size_may_be_asked_for_again_afterwards() -> None:
     env, (values, index) = fakes((1,))
     with pytest.raises(NotRowWise):
