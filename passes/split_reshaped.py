@@ -26,9 +26,14 @@ aten = torch.ops.aten
 
 
 def kept_apart(x: Form, shape: Sequence[Any]) -> bool:
-    """Whether a reshape of `x` to `shape` merges its first dims, the batch's among them, and nothing else."""
+    """Whether a reshape of `x` to `shape` merges its first dims, the batch's among them, and nothing else.
+
+    Dims of size 1 merge with the batch in name only: `[B, 1, D]` to `[B, D]` keeps every cut.
+    """
     gone = x.ndim - len(shape)
     if gone < 1 or not shape or not isinstance(x, (Blocks, Expanded, Sum)) or is_static(shape[0]):
+        return False
+    if same_size(shape[0], x.shape[0]):
         return False
     return same_shape(shape[1:], x.shape[gone + 1 :])
 
