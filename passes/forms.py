@@ -105,45 +105,40 @@ class Filled(Form):
 
 
 class Deferred(Form):
-    """An op on `inner` not carried out yet; `carry` does it."""
-
-    inner: Form
-
-    def carry(self) -> Node:
-        """The node of the value."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, eq=False)
-class Lazy(Deferred):
-    """`inner` is what a consumer may take part by part; carried out whole, the value is made by `how`."""
+    """An op on `inner` not carried out yet; `how` does it."""
 
     inner: Form
     how: Callable[[], Node]
+
+    def carry(self) -> Node:
+        """The node of the value."""
+        return self.how()
+
+
+class Alike(Deferred):
+    """One that has the shape of its `inner`."""
 
     @property
     def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
         return self.inner.shape
 
-    def carry(self) -> Node:
-        return self.how()
+
+@dataclass(frozen=True, eq=False)
+class Lazy(Alike):
+    """`inner` is what a consumer may take part by part; carried out whole, the value is made by `how`."""
+
+    inner: Form
+    how: Callable[[], Node]
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled(Deferred):
+class Scaled(Alike):
     """`inner * by`, broadcast: `by` has size 1 along `dim`, or is a constant with entries along `dim` alone."""
 
     inner: Form
     by: Whole
     dim: int
     how: Callable[[], Node]
-
-    @property
-    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return self.inner.shape
-
-    def carry(self) -> Node:
-        return self.how()
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,9 +148,6 @@ class Reshaped(Deferred):
     inner: Form
     shape: tuple[Any, ...]
     how: Callable[[], Node]
-
-    def carry(self) -> Node:
-        return self.how()
 
 
 def with_size(shape: Sequence[Any], dim: int, size: Any) -> tuple[Any, ...]:

@@ -17,8 +17,8 @@ from torch.fx import Node
 
 from passes.constants import evaluate
 from passes.forms import (
+    Alike,
     Blocks,
-    Deferred,
     Filled,
     Form,
     Picked,
@@ -149,7 +149,7 @@ def _scalar(node: Node) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
-class Banned(Deferred):
+class Banned(Alike):
     """Scores plus a mask that no softmax lets through, not carried out; none of them is above `value`."""
 
     s: Splitter
@@ -160,10 +160,6 @@ class Banned(Deferred):
     def carry(self) -> Node:
         args, kwargs = self.app.arguments(self.s.carry_out)
         return self.s.builder.call(self.app.target, *args, **kwargs)
-
-    @property
-    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return self.inner.shape
 
 
 def added_mask(s: Splitter, app: Application) -> Form | None:

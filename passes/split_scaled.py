@@ -17,8 +17,8 @@ import torch
 from torch.fx import Node
 
 from passes.forms import (
+    Alike,
     Blocks,
-    Deferred,
     Expanded,
     Form,
     Scaled,
@@ -48,7 +48,7 @@ class Side:
 
 
 @dataclass(frozen=True, eq=False)
-class Centred(Deferred):
+class Centred(Alike):
     """`inner` less one value a row; `dim` is cut."""
 
     inner: Form
@@ -56,27 +56,13 @@ class Centred(Deferred):
     dim: int
     how: Callable[[], Node]
 
-    @property
-    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return self.inner.shape
-
-    def carry(self) -> Node:
-        return self.how()
-
 
 @dataclass(frozen=True, eq=False)
-class Squared(Deferred):
+class Squared(Alike):
     """The squares of a centred value."""
 
     inner: Centred
     how: Callable[[], Node]
-
-    @property
-    def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
-        return self.inner.shape
-
-    def carry(self) -> Node:
-        return self.how()
 
 
 def later(s: Splitter, app: Application) -> Callable[[], Node]:

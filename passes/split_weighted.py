@@ -48,9 +48,6 @@ class Weighted(Deferred):
     def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
         return self.parts.shape
 
-    def carry(self) -> Node:
-        return self.how()
-
 
 def weighted(s: Splitter, app: Application) -> Form | None:
     """A product of parts of both sides and an impression's weights; carried out only if asked."""
