@@ -17,8 +17,8 @@ Setting = tuple[str, str]
 Watched = tuple[nn.Module, tuple[str, ...], Callable[[dict[str, Any]], Any]]
 
 
-def check_batch(inputs: Inputs, atoms: Sequence[Tensor], counts: Any) -> int:
-    """I, the number of impressions. Raises InputError where rows and counts disagree."""
+def check_batch(inputs: Inputs, atoms: Sequence[Tensor], counts: Any) -> tuple[int, int]:
+    """I, the number of impressions, and the least of a request. Raises InputError where rows and counts disagree."""
     requests = inputs.rows(atoms, Provenance.REQUEST)
     impressions = inputs.rows(atoms, Provenance.IMPRESSION)
     if isinstance(counts, Tensor) and atoms and counts.device != atoms[0].device:
@@ -26,8 +26,8 @@ def check_batch(inputs: Inputs, atoms: Sequence[Tensor], counts: Any) -> int:
     return check_counts(counts, requests, impressions)
 
 
-def check_counts(counts: Any, requests: int | None, impressions: int | None) -> int:
-    """I. `counts` must be an integer vector `[R]`, not negative, and sum to I."""
+def check_counts(counts: Any, requests: int | None, impressions: int | None) -> tuple[int, int]:
+    """I, and the least count (0 of none). `counts` must be an integer vector `[R]`, not negative, and sum to I."""
     if counts is None:
         raise InputError("num_impressions is missing: pass an int64 tensor [requests], the impressions of each request")
     if not isinstance(counts, Tensor) or counts.dtype not in (torch.int64, torch.int32) or counts.ndim != 1:
@@ -38,12 +38,13 @@ def check_counts(counts: Any, requests: int | None, impressions: int | None) -> 
             f"num_impressions has {counts.shape[0]} entries, the request inputs have {requests} rows; "
             "give one count a request (request inputs come with R rows, not I)"
         )
-    if counts.numel() and int(counts.min()) < 0:
+    least = int(counts.min()) if counts.shape[0] else 0
+    if least < 0:
         raise InputError(f"num_impressions has a negative count at request {int(counts.argmin())}")
     total = int(counts.sum())
     if impressions is not None and total != impressions:
         raise InputError(f"num_impressions sums to {total}, the impression inputs have {impressions} rows")
-    return total
+    return total, least
 
 
 def without_empty(inputs: Inputs, atoms: Sequence[Tensor], counts: Tensor) -> tuple[Sequence[Tensor], Tensor]:
@@ -78,7 +79,7 @@ def unlike(inputs: Inputs, example: Sequence[Tensor], atoms: Sequence[Tensor]) -
 
 def kind(tensor: Tensor) -> tuple[Any, ...]:
     """What a program is specialised to."""
-    return (tensor.dtype, tensor.device, tuple(tensor.shape[1:]))
+    return (tensor.dtype, tensor.device, *tensor.shape[1:])
 
 
 def like(example: Tensor, given: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import types
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -15,6 +15,7 @@ from torch import Tensor
 BATCH = sympy.Symbol("B", integer=True, positive=True)
 _SIZE = r"L\['(?:atoms|flat_args)'\]\[\d+\]\.size\(\)\[0\]"
 _EQUAL = re.compile(f"{_SIZE} == {_SIZE}")
+_MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Guards:
     shapes: tuple[tuple[int, ...], ...]
     batch: int
     always: bool
+    _judged: dict[int, bool] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def of(
@@ -48,6 +50,15 @@ class Guards:
 
     def __call__(self, rows: int) -> bool:
         """Whether the trace holds for a batch of this many rows; one of 0 or 1 is judged by running both."""
+        if self.always and rows > 1:
+            return True
+        if rows not in self._judged:  # taking sizes through their formulas costs a millisecond
+            if len(self._judged) >= _MOST:
+                self._judged.clear()
+            self._judged[rows] = self._holds(rows)
+        return self._judged[rows]
+
+    def _holds(self, rows: int) -> bool:
         for expr, lower, upper in self.ranges:
             size = int(expr.subs(BATCH, rows)) if not expr.is_Integer else int(expr)
             if (lower > 2 and size < lower) or size > upper:

@@ -32,6 +32,7 @@ from roo_rewrite.errors import InputError, SpecError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec, matches
 from roo_rewrite.kjt import is_kjt, name_parts
+from roo_rewrite.nest import Nest, gather, nest_of
 from roo_rewrite.ops.ragged import select_ragged
 from roo_rewrite.parameters import Parameters, Path, follow, parameters_of
 
@@ -72,6 +73,7 @@ class Inputs:
     atoms: tuple[Atom, ...] = field(init=False, compare=False)
     _keepers: dict[Provenance, tuple[tuple[int, Atom], ...]] = field(init=False, compare=False, repr=False)
     _offsets: dict[str, Kind] = field(init=False, compare=False, repr=False)
+    _nest: Nest | None = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Every call asks for these.
@@ -83,6 +85,8 @@ class Inputs:
             self, "_keepers", {side: tuple((i, a) for i, a in rowed if a.provenance is side) for side in Provenance}
         )
         object.__setattr__(self, "_offsets", {n: k for n, k in given.items() if k != "lengths"})
+        plain = len(given) == len(self.leaves) and not self._offsets
+        object.__setattr__(self, "_nest", nest_of(self.paths) if plain else None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
         # Immutable; torch warns of copies of its tree specs.
@@ -100,14 +104,13 @@ class Inputs:
         request = level is Provenance.REQUEST
         given = self.parameters.bind(args, kwargs)
         atoms: list[Tensor] = []
+        if self._nest is not None and gather(given, self._nest, atoms):
+            return atoms, []
+        atoms.clear()
         statics: list[Any] = []
         seen = 0
         for leaf, path in zip(self.leaves, self.paths):
             value = follow(given, path, leaf.name)
-            if type(leaf) is Dense and isinstance(value, Tensor):  # nearly all
-                atoms.append(value)
-                seen += 1
-                continue
             seen += _leaf_count(value)
             if isinstance(leaf, Static):
                 statics.append(leaf.checked(value))
@@ -163,9 +166,10 @@ class Inputs:
 
     def rows(self, atoms: Sequence[Tensor], side: Provenance) -> int | None:
         """How many rows the atoms of `side` have; None where there are none. Raises InputError if they disagree."""
-        found = {atoms_rows(a, atoms[i]) for i, a in self._keepers[side]}
+        keepers = self._keepers[side]
+        found = {atoms[i].shape[0] for i, _ in keepers}
         if len(found) > 1:
-            counts = {a.name: atoms_rows(a, atoms[i]) for i, a in self._keepers[side]}
+            counts = {a.name: atoms[i].shape[0] for i, a in keepers}
             raise InputError(f"{side.name.lower()} inputs must have the same number of rows, got {counts}")
         return next(iter(found), None)
 

@@ -136,12 +136,13 @@ class RequestModel(nn.Module):
         if torch.compiler.is_compiling():
             program = self._inlined(atoms, statics)
         else:
-            rows = check_batch(self._inputs, atoms, counts)
+            rows, least = check_batch(self._inputs, atoms, counts)
             counts = counts.to(torch.long)
             program = self._program(atoms, statics, counts)
             if not program.accepts(rows):
                 return self._broadcast_first(atoms, statics, counts)
-            atoms, counts = without_empty(self._inputs, atoms, counts)
+            if not least:
+                atoms, counts = without_empty(self._inputs, atoms, counts)
         if program.emitted is None or program.captured is None:
             return self._broadcast_first(atoms, statics, counts)
         return program.captured.returned(program.emitted.whole(self, *atoms, counts))

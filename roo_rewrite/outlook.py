@@ -2,7 +2,7 @@
 
 A trace holds these for constants. Where one is replaced or changed between two calls, the programs are built anew.
 Only what a forward reads is watched, so that a trainer may keep its books in the model. Every mutable container is
-kept with a shallow copy: comparing the two costs a pointer an entry.
+kept with a shallow copy: comparing the two costs a pointer an entry. Most are empty: those are asked for nothing else.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ _DEPTH, _MOST, _LONG = 5, 4096, 10_000
 
 @dataclass
 class Outlook:
-    """attributes: namespace, key and value; containers: each with its copy; tensors: with their version; cells."""
+    """attributes: namespace, key and value; containers: each with its copy; empty: those without an entry; tensors:
+    with their version; cells."""
 
     attributes: list[tuple[dict[str, Any], str, Any]] = field(default_factory=list)
     containers: list[tuple[Any, Any]] = field(default_factory=list)
+    empty: list[Any] = field(default_factory=list)
     tensors: list[tuple[Tensor, int]] = field(default_factory=list)
     cells: list[tuple[CellType, Any]] = field(default_factory=list)
     seen: set[int] = field(default_factory=set)
@@ -63,12 +65,20 @@ class Outlook:
                 continue
             own = vars(module)
             inner = [k for k in module._modules if (f"{path}.{k}" if path else k) in leaves]
-            self.containers += [(d, d.copy()) for d in (module._forward_hooks, module._forward_pre_hooks)]
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                self._contents(hooks, hooks.copy())
             if not inner:
-                self.containers.append((module._modules, dict(module._modules)))
+                self._contents(module._modules, dict(module._modules))
             else:
                 self.attributes += [(module._modules, k, m) for k, m in module._modules.items() if k not in inner]
             self.attributes.append((own, "forward", own.get("forward", _ABSENT)))
+
+    def _contents(self, live: Any, known: Any) -> None:
+        """Adds a list, dict or set with its copy."""
+        if known:
+            self.containers.append((live, known))
+        else:
+            self.empty.append(live)
 
     def _read(self, module: nn.Module, keys: Iterable[str]) -> None:
         """Adds the attributes `keys` of a module, as deep as they go."""
@@ -82,7 +92,8 @@ class Outlook:
 
     def _value(self, value: Any, depth: int) -> None:
         """Adds what can change within a value."""
-        if isinstance(value, _PLAIN) or id(value) in self.seen or not depth or len(self.containers) > _MOST:
+        many = len(self.containers) + len(self.empty) > _MOST
+        if isinstance(value, _PLAIN) or id(value) in self.seen or not depth or many:
             return
         self.seen.add(id(value))
         inner: Iterable[Any] = ()
@@ -96,26 +107,30 @@ class Outlook:
         elif isinstance(value, MethodType):
             inner = (value.__self__,)
         elif isinstance(value, (list, dict, set)) and len(value) <= _LONG:
-            self.containers.append((value, value.copy()))
+            self._contents(value, value.copy())
             inner = value.values() if isinstance(value, dict) else value
         elif isinstance(value, (tuple, frozenset)) and len(value) <= _LONG:
             inner = value
         elif hasattr(value, "__array_interface__") and getattr(value, "size", _LONG) < _LONG:
             self.containers.append((_Bytes(value), value.tobytes()))
         elif _users(value):
-            self.containers.append((vars(value), dict(vars(value))))
+            self._contents(vars(value), dict(vars(value)))
             inner = vars(value).values()
         for part in list(inner):
             self._value(part, depth - 1)
 
     def _stale(self) -> Iterator[bool]:
-        yield from (own.get(key, _ABSENT) is not value for own, key, value in self.attributes)
         yield from (_differ(live, known) for live, known in self.containers)
         yield from (tensor._version != version for tensor, version in self.tensors)
         yield from (cell.cell_contents is not value for cell, value in self.cells)
 
     def changed(self) -> bool:
         """Whether anything is not as it was."""
+        if any(self.empty):
+            return True
+        for own, key, value in self.attributes:
+            if own.get(key, _ABSENT) is not value:
+                return True
         return any(self._stale())
 
 

@@ -98,7 +98,7 @@ def impression_part(
     requests = {t.shape[0] for n, t in user.items() if n in _rowed(model, program) and t.ndim}
     if len(requests) > 1:
         raise InputError(f"the values of the request part differ in their rows: {sorted(requests)}")
-    total = check_counts(counts, next(iter(requests), None), rows)
+    total, _ = check_counts(counts, next(iter(requests), None), rows)
     counts = counts.to(torch.long)
     if program.emitted is None or program.captured is None:
         return _broadcast_first(model, program, user, atoms, counts)

@@ -70,7 +70,8 @@ def test_the_batch_of_the_trace_divides_no_size() -> None:
 def test_branches_on_the_batch_size_are_kept(branch: Any, accepted: list[int], refused: list[int]) -> None:
     found = trace(Function(lambda m, u, x: u * 2 if branch(u.shape[0]) else u), torch.randn(3, 4), torch.randn(3, 4))
     assert [found.accepts(n) for n in accepted] == [True] * len(accepted)
-    assert [found.accepts(n) for n in refused] == [False] * len(refused)
+    for _ in range(2):  # the second time from memory
+        assert [found.accepts(n) for n in refused] == [False] * len(refused)
 
 
 class Picky(nn.Module):

@@ -38,10 +38,12 @@ class Model(nn.Module):
         self.array, self.act = np.ones(1), torch.tanh
         kept = [1.0]
         self.call, self.kept, self.books = (lambda v: v * kept[0]), kept, {"steps": 0}
+        self.more: list[float] = []
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
         h = self.out(torch.cat([self.tower(u), x * self.tensor], -1)).squeeze(-1)
         h = self.act(h) * self.settings.scale * self.settings.nested["scale"][0] * self.scales[0] * self.named["a"]
+        h = h + sum(self.more)
         return self.call(h * self.tensors[0] * float(self.array[0])) * getattr(self, "extra", 1.0)
 
 
@@ -70,6 +72,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "an object": _set("settings.scale", 2.0),
     "a list in a dict of an object": lambda m: m.settings.nested["scale"].__setitem__(0, 3.0),
     "a list": lambda m: m.scales.__setitem__(0, 2.0),
+    "a list without an entry": lambda m: m.more.append(1.0),
     "a dict": lambda m: m.named.update(a=2.0),
     "another tensor": _set("tensor", torch.full((4,), 2.0, dtype=F64)),
     "a tensor in place": lambda m: m.tensor.mul_(2),
