@@ -9,6 +9,7 @@
     cat([x[:, :0], y], 1)                              cat([y], 1)
     masked_select(x, buffer)                           index_select (see `constant_masks`)
     index_put(x, [rows T times, c], v)                 by rows (see `repeated_rows`)
+    softmax(x - max(x), 1)                             softmax(x, 1) (see `shifted_softmax`)
     zeros([B, 3], device="cpu")                        zeros([B, 3], device=<device of the inputs>)
 
 Postcondition: no higher-order ops that only wrap, no in-place ops but marked effects, no op that is the
@@ -29,6 +30,7 @@ from torch.fx import Graph, GraphModule, Node
 from passes.constant_masks import constant_masks
 from passes.functionalize import functionalize, is_effect, keeps, mutated
 from passes.repeated_rows import repeated_rows
+from passes.shifted_softmax import unshifted
 from roo_rewrite.capture import Captured
 from roo_rewrite.guards import BATCH
 
@@ -245,6 +247,8 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.alpha_dropout.default: _dropout,
     aten.cat.default: _cat,
     aten.slice.Tensor: _slice,
+    aten.softmax.int: unshifted,
+    aten.log_softmax.int: unshifted,
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze_dim,
     aten.alias.default: _first,
