@@ -21,6 +21,7 @@ from passes.forms import (
     Expanded,
     Filled,
     Form,
+    Lazy,
     Picked,
     Sum,
     Whole,
@@ -46,14 +47,22 @@ def blockwise(s: Splitter, app: Application) -> Form | None:
     rule = find(str(app.target))
     if rule is None or rule.sizes or len(app.target._schema.returns) != 1:
         return None
+    pointwise = torch.Tag.pointwise in app.target.tags or rule.function is broadcasting
+    if pointwise:
+        app = mapped(app, _opened)
     simple = (Whole, Blocks, Expanded)
     if not all(isinstance(f, simple) for f in operands(app)):
         app = mapped(app, lambda f: f if isinstance(f, simple) else Whole(s.builder.whole(f)))
-    if torch.Tag.pointwise in app.target.tags or rule.function is broadcasting:
+    if pointwise:
         return _pointwise(s, app)
     if any(isinstance(f, Expanded) for f in operands(app)):
         return _unexpanded(s, app)
     return _by_rule(s, app)
+
+
+def _opened(form: Form) -> Form:
+    """The cells of an outer product, where some do not depend on the impression."""
+    return form.inner if isinstance(form, Lazy) and isinstance(form.inner, Blocks) and has_early(form.inner) else form
 
 
 def operands(app: Application) -> list[Form]:

@@ -73,10 +73,11 @@ def through(s: Splitter, app: Application) -> Form | None:
 
 
 def _by_rows(s: Splitter, app: Application, lead: tuple[Any, ...]) -> Form | None:
-    """An op on rows of any kind, on the rows of each part by themselves; None where a row reads others.
+    """An op on rows of any kind, on the rows of each part by themselves; None where a row reads others, or none moves.
 
     op(cat[E a, c].view(B * T, D))  =  the rows of op(a.view(B * Ta, D)) and of op(c.view(B * Tc, D)), as they stood
     """
+    from passes.split_products import moves
     from passes.split_views import reshaped
 
     merged = [f for f in _forms(app) if isinstance(f, Reshaped)]
@@ -97,6 +98,8 @@ def _by_rows(s: Splitter, app: Application, lead: tuple[Any, ...]) -> Form | Non
         made = s.apply(mapped(app, _rows_of(s, opened, dim, range(start, start + size), few)))
         parts.append(reshaped(s, made, (*few, *made.shape[1:])))
         start += size
+    if not any(moves(p) for p in parts):
+        return None
     whole = Blocks(dim, tuple(parts))
     return later_view(s, whole, (rows, *whole.shape[len(lead) :]))
 

@@ -30,6 +30,7 @@ from passes.forms import (
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import pick_form
 from passes.split_joins import constant_value
+from passes.split_nested import nested
 from passes.split_reshaped import kept_apart, later_view
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Rows
@@ -86,6 +87,9 @@ def rows_kept_apart(s: Splitter, x: Form, shape: tuple[Any, ...]) -> Form | None
         if same_size(_product([*lead, left]), shape[0]):
             between = [] if is_static(left) and left == 1 else [left]
             x = to_shape(s, x, (*lead, *between, *shape[1:])) or x
+    many = hint(shape[0]) // max(hint(x.shape[0]), 1) if shape and x.ndim and not is_static(shape[0]) else 0
+    if isinstance(x, Blocks) and many > 1 and not kept_apart(x, shape) and same_size(x.shape[0] * many, shape[0]):
+        x = to_shape(s, x, (x.shape[0], many, *shape[1:])) or x
     return later_view(s, x, shape) if kept_apart(x, shape) else None
 
 
@@ -169,7 +173,7 @@ def _blocks(s: Splitter, x: Blocks, shape: tuple[Any, ...]) -> Form | None:
     unit = math.gcd(*x.sizes)
     place = _place(x.shape, x.dim, unit, shape)
     if place is None:
-        return merge_cells(s, x, *merged) if merged is not None else None
+        return nested(s, x, shape) if merged is None else merge_cells(s, x, *merged)
     parts = []
     for part, size in zip(x.parts, x.sizes):
         made = to_shape(s, part, with_size(shape, place.dim, size // unit * place.inner))

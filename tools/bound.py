@@ -7,7 +7,8 @@ Of the multiply-adds of those products,
     net      belong to a product whose output never changes: what hoisting whole operators can reach
     scalar   have two factors that never change: what splitting operators can reach
 
-and run once per request, the rest once per impression. Linearity and expands may regroup a product and go below.
+and run once per request, the rest once per impression; products of weights alone, whose shapes do not depend on the
+batch, run once per call on either side. Linearity and expands may regroup a product and go below.
 
     python -m tools.bound fixtures/din.py:example_model --spec fixtures/din.toml --fanout 10
 """
@@ -73,12 +74,16 @@ class Bound:
 
 @dataclass
 class Product:
-    """One matrix product: `run(a, b)`, and where `a`, `b` and the output were the same in every run so far."""
+    """One matrix product: `run(a, b)`, and where `a`, `b` and the output were the same in every run so far.
+
+    per_call: whether its shapes are the same for a batch of any size.
+    """
 
     name: str
     run: Bilinear
     values: tuple[Tensor, Tensor, Tensor]
     same: tuple[Tensor, Tensor, Tensor]
+    per_call: bool = False
 
     def compare(self, other: Product) -> Product:
         if self.name != other.name or any(a.shape != b.shape for a, b in zip(self.values, other.values)):
@@ -94,6 +99,8 @@ class Product:
         """(total, net, scalar): the product of two indicators counts pairs of factors."""
         a, b, out = (s.double() for s in self.same)
         total = 2 * int(self.run(torch.ones_like(a), torch.ones_like(b)).sum())
+        if self.per_call:
+            return total, 0, 0
         return total, total if bool(out.all()) else 0, 2 * int(self.run(a, b).sum())
 
 
@@ -190,16 +197,27 @@ def products(model: nn.Module, inputs: Inputs, atoms: Sequence[Tensor], runs: in
     seen: list[Product] = []
     for run in range(runs):
         moved = inputs.select(atoms, torch.arange(rows).roll(run), [Provenance.IMPRESSION])
-        args, kwargs = inputs.unflatten([m.clone() for m in moved], Provenance.IMPRESSION)
-        with decomposed(), Record() as record:
-            model(*args, **kwargs)
-        if run and len(record.products) != len(seen):
+        found = _recorded(model, inputs, moved)
+        if run and len(found) != len(seen):
             raise InputError(
-                f"the model runs {len(seen)} products on some impressions and {len(record.products)} on others; "
+                f"the model runs {len(seen)} products on some impressions and {len(found)} on others; "
                 f"the bound needs a program that does not depend on the impression inputs"
             )
-        seen = [p.compare(q) for p, q in zip(seen, record.products)] if run else record.products
+        seen = [p.compare(q) for p, q in zip(seen, found)] if run else found
+    fewer = inputs.select(atoms, torch.arange(rows - 1), [Provenance.REQUEST, Provenance.IMPRESSION])
+    few = _recorded(model, inputs, fewer)
+    if len(few) == len(seen):
+        for p, q in zip(seen, few):
+            p.per_call = all(a.shape == b.shape for a, b in zip(p.values, q.values))
     return seen
+
+
+def _recorded(model: nn.Module, inputs: Inputs, atoms: Sequence[Tensor]) -> list[Product]:
+    """The products of one impression-level call."""
+    args, kwargs = inputs.unflatten([a.clone() for a in atoms], Provenance.IMPRESSION)
+    with decomposed(), Record() as record:
+        model(*args, **kwargs)
+    return record.products
 
 
 def bound(

@@ -90,6 +90,8 @@ def matmul(call: Call) -> Batching:
     cases=[
         case("B 2 3", "B 3", call=lambda n, x, y: ("bij,bj->bi", [x, y])),
         case("B 2 3", "4 3", call=lambda n, x, y: ("...j,oj->...o", [x, y])),
+        case("B 2 3", "3 3", call=lambda n, x, y: ("bij,jj->bij", [x, y])),
+        case("B 3 3", "B 3", call=lambda n, x, y: ("bii,bi->bi", [x, y])),
         case("B 2", "B 3", call=lambda n, x, y: ("bi,bj", [x, y]), declines=True),
         case("B 2", "B 3", call=lambda n, x, y: ("bi,bj->ij", [x, y]), declines=True),
     ],
@@ -99,8 +101,8 @@ def einsum_op(call: Call) -> Batching:
     operands = call.operands()
     equation = spelled_out(call["equation"], [o.ndim for o in operands])
     terms = equation.split("->")[0].split(",")
-    if any(len(set(term)) < len(term) for term in terms):
-        raise NotRowWise("an einsum that takes a diagonal")
+    if any(o.rows and term.count(term[o.rows.dim]) > 1 for term, o in zip(terms, operands)):
+        raise NotRowWise("an einsum that takes a diagonal of the batch")
     return einsum(equation, operands)
 
 

@@ -47,6 +47,28 @@ def test_pairs_into_a_linear_map(law: Any) -> None:
     assert after <= before - 2 * 9 * (9 * 4 + 3 * 2)
 
 
+@pytest.mark.parametrize("names", [["u0", "u1", "x"], ["x0", "u0", "x1", "u1", "u2"]])
+def test_outer_products_of_fields_weighed_by_scores(law: Any, names: list[str]) -> None:
+    n, request = len(names), sum(f[0] == "u" for f in names)
+
+    def run(m: Model, **inputs: Tensor) -> Tensor:
+        t = side_by_side(inputs, names, 1)
+        scores = (t @ t.transpose(1, 2)).unsqueeze(-1)
+        return (torch.einsum("bnd,bmd->bnmd", t, t).tanh() * scores).flatten(1) @ m.w
+
+    found = law(Model(run, w=parameter(n * n * 3, 2)), **dict.fromkeys(names, (1, 3)))
+    before, after = found.flops()
+    assert after <= before - 2 * 9 * request * request * (3 + 3 * 2)
+
+
+def test_an_outer_product_of_both_sides_is_not_cut(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return (u.unsqueeze(2) * x.unsqueeze(1)).tanh() @ m.w
+
+    moved = law(Model(run, w=parameter(4, 2)), u=(3, 4), x=(2, 4)).moved()
+    assert torch.ops.aten.tanh.default not in moved
+
+
 def test_explicit_pairs(law: Any) -> None:
     rows, columns = torch.triu_indices(5, 5, 1)
 

@@ -55,6 +55,17 @@ class Pairs(nn.Module):
         return torch.bmm(fields, fields.transpose(1, 2))
 
 
+class Factored(nn.Module):
+    """A weight that is a product of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(U, 2)), nn.Parameter(torch.randn(2, H))
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return user @ (self.left @ self.right) + item
+
+
 class Attention(nn.Module):
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(item.unsqueeze(1), user, user)
@@ -260,3 +271,9 @@ def test_command_line_names_a_bad_spec(model_file: str, tmp_path: Path) -> None:
     result = run(f"{model_file}:make", "--spec", str(path))
     assert result.exit_code == 2
     assert "not assigned" in result.output
+
+
+def test_products_of_weights_alone_are_not_the_requests() -> None:
+    b = found(Factored(), inputs(user=(U,), item=(H,)))
+    assert b.total == 2 * (U * 2 * H + ROWS * U * H)
+    assert b.net == b.scalar == 2 * ROWS * U * H
