@@ -23,6 +23,7 @@ import torch.fx
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
+from passes.traced import traced
 from roo_rewrite.ops.norm import weighted_batch_norm
 
 EFFECT = "roo_effect"
@@ -224,9 +225,9 @@ def _inverse(graph: Graph, view: Node, new: Node, x: Node) -> Node | None:
     args = view.args
     match str(view.target):
         case "aten.slice.Tensor":
-            return _call(graph, aten.slice_scatter.default, (x, new, *args[1:]), {}, x)
+            return _scattered(graph, aten.slice_scatter.default, x, new, *args[1:])
         case "aten.select.int":
-            return _call(graph, aten.select_scatter.default, (x, new, *args[1:]), {}, x)
+            return _scattered(graph, aten.select_scatter.default, x, new, *args[1:])
         case "aten.diagonal.default":
             return _call(graph, aten.diagonal_scatter.default, (x, new, *args[1:]), {}, x)
         case "aten.unsqueeze.default":
@@ -271,13 +272,25 @@ def _unsplit(graph: Graph, view: Node, new: Node, split: Node) -> Node | None:
     assert isinstance(index, int)
     if split.target is aten.unbind.int:
         dim = split.args[1] if len(split.args) > 1 else 0
-        return _call(graph, aten.select_scatter.default, (x, new, dim, index), {}, x)
+        return _scattered(graph, aten.select_scatter.default, x, new, dim, index)
     dim = split.args[2] if len(split.args) > 2 else 0
     sizes = [part.shape[dim] for part in split.meta["val"]]
     if not all(isinstance(s, int) for s in sizes):
         return None
     start = sum(sizes[:index])
-    return _call(graph, aten.slice_scatter.default, (x, new, dim, start, start + sizes[index]), {}, x)
+    return _scattered(graph, aten.slice_scatter.default, x, new, dim, start, start + sizes[index])
+
+
+def _scattered(graph: Graph, target: OpOverload, x: Node, new: Node, dim: Any = 0, *where: Any) -> Node:
+    """`new` in a place of x along `dim`. Complex numbers go by their two parts: the op has no backward for them."""
+    value = x.meta["val"]
+    if not value.is_complex():
+        return _call(graph, target, (x, new, dim, *where), {}, x)
+    pairs = [_call(graph, aten.view_as_real.default, (v,), {}, v) for v in (x, new)]
+    made = _call(graph, target, (*pairs, dim % value.ndim, *where), {}, x)
+    for node, of in ((pairs[0], x), (pairs[1], new), (made, x)):
+        node.meta["val"] = traced(aten.view_as_real.default, [of.meta["val"]])
+    return _call(graph, aten.view_as_complex.default, (made,), {}, x)
 
 
 def _statistics(graph: Graph) -> None:

@@ -28,6 +28,8 @@ from roo_rewrite.errors import CaptureError
 
 Raised = tuple[str, int, str]
 _OWN = tuple(str(path) + os.sep for path in (Path(torch.__file__).parent, Path(__file__).parent))
+# Sizes that are symbols have no hash: what these compute then is what they would have kept. (module, function)
+_PAST_A_CACHE = frozenset({("einops.einops", "_apply_recipe")})
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 
 
@@ -63,9 +65,15 @@ class Watched:
         return self._within
 
     def _within(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "exception" and arg[0] is not GeneratorExit:  # that is a generator left early, as by any()
+        if event == "exception" and not _harmless(frame, arg[0]):
             self.raised.add((frame.f_code.co_filename, frame.f_lineno, arg[0].__name__))
         return self._within
+
+
+def _harmless(frame: FrameType, kind: type[BaseException]) -> bool:
+    """Whether the exception leaves the way as it is: a generator left early, as by any(), or a cache gone past."""
+    where = (frame.f_globals.get("__name__"), frame.f_code.co_name)
+    return kind is GeneratorExit or (where in _PAST_A_CACHE and issubclass(kind, TypeError))
 
 
 @functools.lru_cache(4096)

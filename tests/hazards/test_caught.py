@@ -190,3 +190,49 @@ def test_a_function_called_through_a_kept_apply_keeps_its_backward(kind: type) -
         equal_at(model, made, scale)
     leaf = next(n for n in made.report.nodes if "leaf" in n.op)
     assert leaf.runs == ("request" if kind is KeptRowWise else "impression")
+
+
+KEPT = """
+import functools
+
+def sizes(shape):
+    return (shape[0], shape[1] // 2, 2)
+
+kept = functools.lru_cache(sizes)
+
+def _apply_recipe(x):
+    try:
+        found = kept(tuple(x.shape))
+    except TypeError:
+        found = sizes(x.shape)
+    return x.reshape(found)
+"""
+
+
+def defined(module: str) -> Any:
+    """What `KEPT` defines, as a module of this name would."""
+    scope: dict[str, Any] = {"__name__": module}
+    exec(compile(KEPT, f"{module}.py", "exec"), scope)
+    return scope["_apply_recipe"]
+
+
+REARRANGE = {name: defined(name) for name in ("einops.einops", "mine")}
+
+
+class Kept(Plain):
+    """A reshape worked out once for each shape; a shape with a symbol has no hash."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.mix(REARRANGE[self.module](self.user(u)).flatten(1), x)
+
+
+@pytest.mark.parametrize(("module", "known"), [("einops.einops", True), ("mine", False)])
+def test_a_cache_gone_past_is_no_other_way_where_it_is_known(module: str, known: bool) -> None:
+    model = Kept(module).double()
+    made = rewritten(model)
+    assert made.report.fallback != known, made.report.notes
+    equal_at(model, made, 1.0)

@@ -51,12 +51,20 @@ def squeezed(m: Any, u: Any, x: Any) -> Any:
     return y.sum(2) + scores
 
 
+def frequencies(m: Any, u: Any, x: Any) -> Any:
+    y = torch.fft.rfft(u, dim=1)
+    y[:, 1:] = y[:, :2] * 2
+    y[:, -1] = 0.5
+    return torch.fft.irfft(y.conj(), n=4, dim=1) + x
+
+
 CASES: dict[str, tuple[Callable[..., Any], str]] = {
     "select": (fills, "select_scatter("),
     "transpose and select": (chained, "select_scatter(t, add_tensor, 0, 1)"),
     "squeeze": (squeezed, "reshape_as("),
     "a view of what was written": (seen_through_a_view, "slice(add_"),
     "copy_": (copied, "clone(expand_as_default)"),
+    "complex numbers": (frequencies, "view_as_complex(select_scatter"),
     "a part of a split": (split, "slice_scatter(mul, mul_tensor, 1, 0, 1)"),
 }
 
