@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import product
 from typing import Any
 
 import pytest
@@ -127,6 +128,7 @@ REFUSED = {
     "the diagonal of the batch": lambda: verdict(aten.diagonal_scatter.default, rows(B, 3), rows(3)),
     "another row's diagonal": lambda: verdict(aten.diagonal_scatter.default, rows(B, 3, 3), rows(3, B, dim=1), 0, 1, 2),
     "matrices of rows": lambda: verdict(aten.linalg_inv.default, rows(B, 3)),
+    "slopes of each row": lambda: verdict(aten.prelu.default, rows(3, B, dim=1), fixed(B), out=((3, B),)),
     "another diagonal": lambda: verdict(aten.linalg_diagonal.default, rows(B, 3, 3), dim1=0, dim2=1),
 }
 
@@ -154,3 +156,17 @@ def test_dropout_between_layers_needs_several_layers_and_training() -> None:
 
 def test_a_loss_of_constants_may_be_reduced() -> None:
     assert verdict(aten.mse_loss.default, fixed(3), fixed(3)) == Replicated()
+
+
+def test_a_range_numbers_the_rows_or_is_declined() -> None:
+    accepted = set()
+    for start, scale, more, step in product(range(-3, 4), range(1, 5), range(-3, 4), range(1, 5)):
+        numbers = torch.arange(start, scale * B + more, step)
+        try:
+            found = verdict(aten.arange.start_step, start, scale * N + more, step, out=(tuple(numbers.shape),))
+        except NotRowWise:
+            continue
+        assert found == RowIndex(0, step)
+        assert numbers.equal(step * torch.arange(B))
+        accepted.add(step)
+    assert accepted == {1, 2, 3, 4}

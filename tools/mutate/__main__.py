@@ -23,6 +23,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+from hypothesis import Phase, settings
 from rich.console import Console
 from rich.table import Table
 
@@ -108,6 +109,8 @@ def main(count: int, seed: int, subject: Sequence[str], budget: float, folder: P
     within = [[tree / s] if s.endswith(".py") else sorted((tree / s).rglob("*.py")) for s in subject]
     faults = draw(tree, [f for found in within for f in found if f.name not in NOT_PRODUCT], count, seed)
     tests, results = mapped(tree, folder / "reach.json"), list[Fault]()
+    settings.register_profile("seeded", phases=[Phase.explicit, Phase.generate])  # what fails need not be made small
+    settings.load_profile("seeded")
     os.chdir(tree)
     sys.path.insert(0, str(tree))
     torch.export.export(torch.nn.Linear(1, 1), (torch.zeros(1, 1),)).run_decompositions({})  # what it imports, once

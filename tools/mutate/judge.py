@@ -25,7 +25,7 @@ from tools.mutate.seeds import Fault
 
 COLD = ("roo_rewrite", "passes", "tools", "tests")
 GREEN = (pytest.ExitCode.OK, pytest.ExitCode.INTERRUPTED)  # all of them passed, or those that the budget allowed
-HANGS = 180  # seconds of CPU past the budget
+HANGS = 90  # seconds of CPU past the budget
 PLAIN = ("-q", "-s", "--assert=plain", "-p", "no:cacheprovider")
 Items = Mapping[str, pytest.Item]
 
