@@ -135,6 +135,7 @@ def test_tests_are_found_by_the_lines_that_they_run(tree: Path) -> None:
     kept = tree / "reach.json"
 
     def made() -> str:
+        judge.forget(tree)
         reach.measure(tree, ("passes",), ("tests",)).write(kept)
         return "made"
 
