@@ -67,7 +67,7 @@ def product(
     groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
     shape = shape or with_size(x.shape, dim, n)
     cells = split_outer.cells(s, [(f, a.columns, a.index) for a in inside if (f := _factored(a, weight)) is not None])
-    if not _pays(s, x, groups, cells, shape, n, k):
+    if not _pays(s, x, groups, cells, shape, n, k, emit is aten.linear.default):
         return None
     terms: list[tuple[float, Form]] = []
     scaled: dict[Node, list[tuple[float, Form]]] = {}
@@ -113,13 +113,16 @@ def _pays(
     shape: tuple[object, ...],
     n: int,
     k: int,
+    onto: bool,
 ) -> bool:
+    """Whether the groups are faster. onto: a product is written onto the other terms (`fuse`), not beside them."""
     price, impression = s.price, Provenance.IMPRESSION
     before = price.product(shape, k, impression) + price.move(x.shape)
     after = sum(price.product((*g.lead, n), g.inner, g.side) for g in groups)
     after += sum(price.move((*g.lead, g.inner), g.side) for g in groups if len(g.operands()) > 1)
     after += sum(price.move((*g.lead, n), impression, 1.0) for g in groups if g.side is not impression)
-    after += price.move(shape) * max(len(groups) - 1, 0) + price.start(2 * max(len(groups) - 1, 0))
+    after += price.move(shape, times=1.0 if onto else 2.0) * max(len(groups) - 1, 0)
+    after += price.start(2 * max(len(groups) - 1, 0))
     after += sum(_inside_price(s, c, n) for c in cells)
     if any(g.factor is not None for g in groups):  # statistics of the whole rows, against those of each side
         before += 3 * price.move(x.shape)

@@ -81,7 +81,7 @@ def test_windows(law: Any, drawn: dict[str, int], name: str) -> None:
     law(Model(run, b=parameter(2), **weights), **{f: (w, 6, *shape) for f, w in drawn.items()})
 
 
-@pytest.mark.parametrize(("name", "parts"), [("window", 1), ("stride", 1), ("image", 1), ("beside", 1), ("across", 0)])
+@pytest.mark.parametrize(("name", "parts"), [("window", 1), ("stride", 1), ("image", 1), ("beside", 1), ("across", 1)])
 def test_windows_within_a_piece_move(law: Any, name: str, parts: int) -> None:
     shape, convolve = CONVOLUTIONS[name]
 
