@@ -85,6 +85,11 @@ class Group:
         """What the product is multiplied by, row by row."""
         return self.atoms[0].factor
 
+    @property
+    def products(self) -> frozenset[object]:
+        """What is multiplied by what, whatever the factor."""
+        return frozenset((a.coefficient, a.node, a.index, a.columns, a.weight) for a in self.atoms)
+
     def operands(self) -> dict[tuple[Node, tuple[int, ...] | None], list[Atom]]:
         """Operand -> the atoms that read it."""
         out: dict[tuple[Node, tuple[int, ...] | None], list[Atom]] = {}

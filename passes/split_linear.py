@@ -18,7 +18,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from passes import split_outer
+from passes import split_outer, split_weighted
 from passes.forms import Blocks, Form, Lazy, Picked, Scaled, Sum, Whole, dtype_of, is_static, with_size
 from passes.split import Application, Splitter, handles
 from passes.split_atoms import Atom, Group, Meets, added, atoms_of, grouped, joined
@@ -62,10 +62,12 @@ def product(
     if dtype_of(x) != weight.meta["val"].dtype:
         return None
     n, k = (int(v) for v in weight.meta["val"].shape[:2])
-    atoms = added(s, joined(atoms_of(s, x, dim, Meets(tuple(range(k)), weight))))
+    atoms = joined(atoms_of(s, x, dim, Meets(tuple(range(k)), weight)))
+    means = [a for a in atoms if dim == x.ndim - 1 and emit is aten.linear.default and split_weighted.inside(s, a, n)]
+    atoms = added(s, [a for a in atoms if a not in means])
     inside = [a for a in atoms if dim == 1 and shape is None and _factored(a, weight) is not None]
-    groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
     shape = shape or with_size(x.shape, dim, n)
+    groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
     cells = split_outer.cells(s, [(f, a.columns, a.index) for a in inside if (f := _factored(a, weight)) is not None])
     if not _pays(s, x, groups, cells, shape, n, k, emit is aten.linear.default):
         return None
@@ -82,6 +84,7 @@ def product(
         whole = s.builder.whole(Sum(tuple(parts), shape))
         terms.append((1.0, Whole(s.builder.call(aten.mul.Tensor, whole, factor))))
     terms += [(1.0, Whole(split_outer.multiply(s, cell, weight))) for cell in cells]
+    terms += [(a.coefficient, Whole(split_weighted.mapped(s, a))) for a in means]
     return Sum(tuple(terms), shape) if terms else None
 
 
@@ -117,20 +120,20 @@ def _pays(
 ) -> bool:
     """Whether the groups are faster. onto: a product is written onto the other terms (`fuse`), not beside them."""
     price, impression = s.price, Provenance.IMPRESSION
-    before = price.product(shape, k, impression) + price.move(x.shape)
-    after = sum(price.product((*g.lead, n), g.inner, g.side) for g in groups)
-    after += sum(price.move((*g.lead, g.inner), g.side) for g in groups if len(g.operands()) > 1)
-    after += sum(price.move((*g.lead, n), impression, 1.0) for g in groups if g.side is not impression)
+    factors = {g.factor for g in groups} - {None}
+    before = price.product(shape, k, impression) + price.move(x.shape) + 3 * price.move(x.shape) * len(factors)
+    products = list({g.products: g for g in groups}.values())  # scaled in several ways, multiplied once
+    after = sum(price.product((*g.lead, n), g.inner, g.side) for g in products)
+    after += sum(price.move((*g.lead, g.inner), g.side) for g in products if len(g.operands()) > 1)
+    after += sum(price.move((*g.lead, n), impression, 1.0) for g in products if g.side is not impression)
     after += price.move(shape, times=1.0 if onto else 2.0) * max(len(groups) - 1, 0)
     after += price.start(2 * max(len(groups) - 1, 0))
     after += sum(_inside_price(s, c, n) for c in cells)
-    if any(g.factor is not None for g in groups):  # statistics of the whole rows, against those of each side
-        before += 3 * price.move(x.shape)
-        after += (
-            sum(3 * price.move((*g.lead, g.inner), g.side) for g in groups) + 2 * price.move(shape) + price.start(12)
-        )
+    if factors:  # statistics of each side, in place of those of the whole rows
+        after += sum(3 * price.move((*g.lead, g.inner), g.side) for g in products)
+        after += 2 * price.move(shape) * len(factors) + price.start(12)
     where = s.builder.origin.name if s.builder.origin is not None else ""
-    sides = ", ".join(f"{g.inner} of {k} columns per {_unit(g.side)}" for g in groups)
+    sides = ", ".join(f"{g.inner} of {k} columns per {_unit(g.side)}" for g in products)
     sides += "".join(f", {len(c[1])} with the request's factor in the weight" for cell in cells for c in cell.terms)
     return price.take(f"linear: {sides}", before, after, where)
 
@@ -167,6 +170,21 @@ def _weight(s: Splitter, atoms: Sequence[Atom]) -> Node:
         return s.builder.whole(terms[0][1])
     shape = with_size(tuple(atoms[0].weight.meta["val"].shape), 1, len(atoms[0].columns))
     return s.builder.whole(Sum(terms, shape))
+
+
+@handles("aten.tensordot.default")
+def tensordot(s: Splitter, app: Application) -> Form | None:
+    """One dim of x against one of a matrix is a linear map."""
+    x, y, dims, others = app.form("self"), app.form("other"), app["dims_self"], app["dims_other"]
+    if len(dims) != 1 or not isinstance(y, Whole) or y.ndim != 2 or not all(is_static(v) for v in y.shape):
+        return None
+    at, last = dims[0] % x.ndim, x.ndim - 1
+    if not in_parts(x, at):
+        return None
+    if at != last:
+        x = s.op(aten.permute.default, x, [*(d for d in range(x.ndim) if d != at), at])
+    weight = y.node if others[0] % 2 else s.builder.call(aten.t.default, y.node)
+    return product(s, x, last, weight, None, aten.linear.default) if in_parts(x, last) else None
 
 
 @handles("aten.mm.default", "aten.matmul.default")

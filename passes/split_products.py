@@ -39,6 +39,8 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
 
     if not set(letters[0] + letters[1]) - set(letters[2]):
         return _as_outer(s, x, y, letters)
+    if str(app.target) != "aten.einsum.default" and same_size(x.shape[-1], 1) and _is_row(x, y):
+        return s.op(aten.mul.Tensor, x, y)
     x, y = _simple(s, x), _simple(s, y)
     mark = len(s.price.candidates)
     made = _contract(s, x, y, letters, emit)
@@ -46,6 +48,11 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
         del s.price.candidates[mark:]
         return None
     return made
+
+
+def _is_row(x: Form, y: Form) -> bool:
+    """Whether one of two matrices has one entry, all that the other's column or row is multiplied by."""
+    return x.ndim == y.ndim and (same_size(x.shape[-2], 1) or same_size(y.shape[-1], 1))
 
 
 def _as_outer(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str]) -> Form | None:

@@ -2,6 +2,7 @@
 
 (E a + c) + E b  =  E(a + b) + c         a sum keeps its terms, request terms are added first
 f(E a + c)       =  f(E a) + f(c)        f linear; taken only where a term is cheap by itself
+s x + b + x      kept as it is           s: one value a row; the dots of a cross network are dots of x
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from passes.forms import (
     Expanded,
     Filled,
     Form,
+    Scaled,
     Sum,
+    Whole,
     dtype_of,
     is_mixed,
     same_shape,
@@ -26,7 +29,7 @@ from passes.split_blocks import blockwise, broadcast
 from passes.split_chains import regrouped
 from passes.split_masks import added_mask
 from passes.split_outer import outer
-from passes.split_scaled import centred
+from passes.split_scaled import centred, later
 from passes.split_scaled import scaled as scaled_rows
 from passes.split_weighted import weighted
 from roo_rewrite.errors import NotRowWise
@@ -50,7 +53,8 @@ def add(s: Splitter, app: Application) -> Form | None:
     less = centred(s, app)
     if less is not None:
         return less
-    if any(isinstance(f, Blocks) for f in (left, right)):
+    factored = any(isinstance(t, Scaled) for f in (left, right) for _, t in terms_of(f))
+    if any(isinstance(f, Blocks) for f in (left, right)) and not factored:
         return _blocks(s, app)
     banned = added_mask(s, app) if str(app.target) == "aten.add.Tensor" else None
     if banned is not None:
@@ -58,7 +62,7 @@ def add(s: Splitter, app: Application) -> Form | None:
     sign = float(app["alpha"]) * (-1.0 if str(app.target).startswith("aten.sub") else 1.0)
     terms = (*terms_of(left), *((sign * c, t) for c, t in terms_of(right)))
     made = Sum(terms, broadcast([left.shape, right.shape]))
-    if any(isinstance(t, (Blocks, Filled)) for _, t in terms) or not _worth(made):
+    if (any(isinstance(t, (Blocks, Filled)) for _, t in terms) and not factored) or not _worth(made):
         return None
     return made
 
@@ -124,9 +128,26 @@ def scaled(form: Sum, factor: float) -> Sum:
     "aten.t.default",
 )
 def view(s: Splitter, app: Application) -> Form | None:
-    """A view of a sum is the sum of views, where every term has all dims."""
+    """A view of a sum is the sum of views, of a scaled value the view of both factors."""
     x = app.form("self")
-    if not isinstance(x, Sum) or any(not same_shape(t.shape, x.shape) for _, t in x.terms):
+    if isinstance(x, Scaled):
+        return _scaled_view(s, app, x)
+    if not isinstance(x, Sum) or not same_shape(broadcast([t.shape for _, t in x.terms]), x.shape):
         return None
-    made = tuple((c, s.apply(app.replaced(self=t))) for c, t in x.terms)
-    return Sum(made, made[0][1].shape)
+    made = tuple((c, s.apply(app.replaced(self=_with_dims(s, t, x.ndim)))) for c, t in x.terms)
+    return Sum(made, broadcast([t.shape for _, t in made]))
+
+
+def _scaled_view(s: Splitter, app: Application, x: Scaled) -> Form | None:
+    inner = s.apply(app.replaced(self=x.inner))
+    if not isinstance(inner, (Blocks, Scaled)):
+        return None
+    by = s.apply(app.replaced(self=x.by))
+    return Scaled(inner, by, inner.dim, later(s, app)) if isinstance(by, Whole) else None
+
+
+def _with_dims(s: Splitter, term: Form, ndim: int) -> Form:
+    """A term with all dims of its sum."""
+    for _ in range(ndim - term.ndim):
+        term = s.op(aten.unsqueeze.default, term, 0)
+    return term

@@ -2,7 +2,9 @@
 
 sum_d (w * cat[E a, c])  =  sum_d (w_a * E a) + sum_d (w_c * c)        w_p: the entries of w beside p
 
-No part is put beside another, and E a is read at the request's rate.
+No part is put beside another, and E a is read at the request's rate. A linear map of few outputs goes inside:
+
+linear(sum_d (w * E a), W)  =  sum_d (w * E linear(a, W))
 """
 
 from __future__ import annotations
@@ -24,11 +26,13 @@ from passes.forms import (
     Whole,
     dtype_of,
     is_mixed,
+    numel,
     provenance,
     same_shape,
     same_size,
 )
 from passes.split import Application, Splitter
+from passes.split_atoms import Atom
 from passes.split_blocks import broadcast
 from passes.split_scaled import later
 from roo_rewrite.facts import Provenance
@@ -92,3 +96,49 @@ def _entries(s: Splitter, x: Blocks) -> list[tuple[Node, list[int], list[int]]]:
             found.setdefault(node, []).append((entry, place))
             place += 1
     return [(node, [e for e, _ in sorted(pairs)], [p for _, p in sorted(pairs)]) for node, pairs in found.items()]
+
+
+def inside(s: Splitter, atom: Atom, n: int) -> bool:
+    """Whether the linear map of an atom to n entries is less work inside of the weighted sum that it is."""
+    found = _summed(atom)
+    if found is None:
+        return False
+    weights, parts, _ = found
+    shape, columns = tuple(weights.meta["val"].shape), int(parts.meta["val"].shape[-1])
+    early, late = Provenance.REQUEST, Provenance.IMPRESSION
+    read = s.price.move(shape, late, 1.0)
+    before = s.price.product(tuple(atom.node.meta["val"].shape), numel(shape[1:]), late) + read
+    after = s.price.product((*shape[:-1], n), columns, early) + read + n * s.price.move(shape, late) + s.price.start(2)
+    where = s.builder.origin.name if s.builder.origin is not None else ""
+    return s.price.take("linear: inside of a weighted sum of the request's", before, after, where)
+
+
+def _summed(atom: Atom) -> tuple[Node, Node, int] | None:
+    """(weights, the request's parts, dim) of an atom that is a weighted sum: weights are 1 wide where it is mapped."""
+    node = atom.node
+    if node.target is not aten.sum.dim_IntList or len(node.args) > 2 or node.kwargs or len(node.args[1]) != 1:  # type: ignore[arg-type]
+        return None
+    product, dim = node.args[0], node.args[1][0]  # type: ignore[index]
+    if not isinstance(product, Node) or product.target is not aten.mul.Tensor or atom.index is not None:
+        return None
+    shape = tuple(product.meta["val"].shape)
+    dim %= len(shape)  # type: ignore[operator]
+    for weights, parts in (product.args[:2], product.args[1::-1]):
+        if not isinstance(weights, Node) or not isinstance(parts, Node) or dim in (0, len(shape) - 1):
+            continue
+        thin = same_shape(weights.meta["val"].shape, (*shape[:-1], 1)) and same_shape(parts.meta["val"].shape, shape)
+        sides = [provenance(Whole(f)) for f in (weights, parts)]
+        if thin and sides[0] is Provenance.IMPRESSION and sides[1] is not Provenance.IMPRESSION:
+            return weights, parts, int(dim)
+    return None
+
+
+def mapped(s: Splitter, atom: Atom) -> Node:
+    """The weighted sum of what the request's parts are mapped to, times the factor of the atom."""
+    found = _summed(atom)
+    assert found is not None
+    weights, parts, dim = found
+    columns = s.builder.pick(atom.weight, 1, atom.columns)
+    product = s.builder.call(aten.mul.Tensor, weights, s.builder.call(aten.linear.default, parts, columns))
+    made = s.builder.call(aten.sum.dim_IntList, product, [dim])
+    return made if atom.factor is None else s.builder.call(aten.mul.Tensor, made, atom.factor)

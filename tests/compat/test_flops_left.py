@@ -6,8 +6,10 @@ import pytest
 
 from tools.bench.flops import measure
 
+NAMES = ("WDL", "PNN", "MLR", "IFM", "DCN", "AFM", "AFN")
 
-@pytest.mark.parametrize("name", ["deepctr:WDL", "deepctr:PNN", "deepctr:MLR", "deepctr:IFM", "xdeepfm", "late_stage"])
+
+@pytest.mark.parametrize("name", [*(f"deepctr:{n}" for n in NAMES), "xdeepfm", "late_stage"])
 def test_flops_left_are_those_of_the_bound_or_the_twin(name: str) -> None:
     row = measure(name, fanout=16, requests=8, rewritten=True)
     assert row.rewritten is not None

@@ -1,4 +1,4 @@
-"""conv(cat[E a, c], W)  =  cat[E conv(a, W), conv(cat[b, c], W)]        b: the entries of a that windows over c reach"""
+"""conv(cat[E a, c], W)  =  cat[E conv(a, W), conv(cat[b, c], W)]        b: entries of a that windows over c reach"""
 
 from __future__ import annotations
 
