@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.forms import PROVENANCE, Blocks, Filled, Form, Whole, is_mixed, leaves, provenance, with_size
+from passes.forms import PROVENANCE, Blocks, Filled, Form, Lazy, Whole, is_mixed, leaves, provenance, with_size
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import cut_form
 from passes.split_linear import in_parts, product
@@ -34,7 +34,7 @@ def conv(s: Splitter, app: Application) -> Form | None:
         return None
     if isinstance(x, Blocks) and x.dim > 1:
         return _beside(s, app, x)
-    if app["groups"] != 1 or not in_parts(x, 1) or str(app.target) in _PLAIN:
+    if app["groups"] != 1 or not in_parts(x, 1):
         return None
     node = None if bias is None else bias.node
     pointwise = all(n == 1 for n in weight.shape[2:]) and all(v == 1 for v in app["stride"])
@@ -45,7 +45,8 @@ def conv(s: Splitter, app: Application) -> Form | None:
 
 def _windows(s: Splitter, app: Application, x: Form, weight: Node, bias: Node | None) -> Form | None:
     """A linear map over the channels; terms must have every entry that a window looks at."""
-    if not isinstance(x, Blocks) or not is_mixed(x):
+    x = x.inner if isinstance(x, Lazy) else x
+    if not isinstance(x, Blocks) or x.dim != 1 or not is_mixed(x):
         return None
     x = Blocks(1, tuple(Whole(s.builder.whole(p)) for p in x.parts))
     options = [app[name] for name in ("stride", "padding", "dilation")]

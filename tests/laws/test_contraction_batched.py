@@ -37,6 +37,7 @@ OPERANDS = {
     "weights of pairs": lambda m, t: torch.einsum("bfd,bgd,fg->b", t, t, m.pairs[: t.shape[1], : t.shape[1]]),
     "a weight first": lambda m, t: torch.einsum("fg,bfd,bgd->b", m.pairs[: t.shape[1], : t.shape[1]], t, t),
     "a matrix between": lambda m, t: torch.einsum("bfd,de,bge->bfg", t, m.between, t).sum(2),
+    "a diagonal": lambda m, t: torch.einsum("bfd,ofo->bdo", t, m.cube[:, : t.shape[1]]),
     "gates": lambda m, t: torch.einsum("bfd,d,f->bd", t, m.between[0], m.pairs[0, : t.shape[1]]),
 }
 
@@ -49,7 +50,8 @@ def test_many_operands(law: Any, drawn: dict[str, int], name: str) -> None:
     def run(m: Model, **inputs: Tensor) -> Tensor:
         return OPERANDS[name](m, side_by_side(inputs, names, 1))
 
-    law(Model(run, pairs=parameter(12, 12), between=parameter(3, 3)), **{f: (w, 3) for f, w in drawn.items()})
+    weights = {"pairs": parameter(12, 12), "between": parameter(3, 3), "cube": parameter(2, 12, 2)}
+    law(Model(run, **weights), **{f: (w, 3) for f, w in drawn.items()})
 
 
 def test_request_pairs_run_once(law: Any) -> None:
@@ -60,8 +62,17 @@ def test_request_pairs_run_once(law: Any) -> None:
     assert after <= before - 2 * (12 - 3) * 16 * 3
 
 
+def test_fields_meet_a_diagonal_by_side(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return OPERANDS["a diagonal"](m, torch.cat([u, x], 1)).tanh()
+
+    found = law(Model(run, cube=parameter(2, 5, 2)), u=(4, 3), x=(1, 3))
+    assert any("einsum" in str(t) for t in found.moved())
+
+
 CONVOLUTIONS = {
     "window": ((), lambda m, t: F.conv1d(t, m.wide[:, : t.shape[1]], m.b, padding=1)),
+    "same": ((), lambda m, t: F.conv1d(t, m.wide[:, : t.shape[1]], m.b, padding="same")),
     "stride": ((), lambda m, t: F.conv1d(t, m.wide[:, : t.shape[1]], m.b, stride=2, dilation=2)),
     "image": ((3,), lambda m, t: F.conv2d(t, m.image[:, : t.shape[1]], m.b, padding=(1, 0))),
     "beside": ((3,), lambda m, t: F.conv2d(t.transpose(1, 2), m.beside, m.b)),
@@ -81,7 +92,9 @@ def test_windows(law: Any, drawn: dict[str, int], name: str) -> None:
     law(Model(run, b=parameter(2), **weights), **{f: (w, 6, *shape) for f, w in drawn.items()})
 
 
-@pytest.mark.parametrize(("name", "parts"), [("window", 1), ("stride", 1), ("image", 1), ("beside", 1), ("across", 1)])
+@pytest.mark.parametrize(
+    ("name", "parts"), [("window", 1), ("same", 1), ("stride", 1), ("image", 1), ("beside", 1), ("across", 1)]
+)
 def test_windows_within_a_piece_move(law: Any, name: str, parts: int) -> None:
     shape, convolve = CONVOLUTIONS[name]
 
