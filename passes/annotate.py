@@ -158,14 +158,20 @@ def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) 
 
 def _special(node: Node, args: dict[str, Any], policy: Policy) -> Batching | None:
     """Training ops that are row-wise only by agreement: shared dropout, count-weighted batch norm."""
-    if node.target is aten.dropout.default and policy.dropout == "per_request":
+    if node.target is aten.dropout.default and policy.dropout == "per_request" and _of_inputs(node.args[0]):
         return args["input"].batching  # type: ignore[no-any-return]
     if node.target is aten.batch_norm.default and args["training"]:
         rows = args["input"].batching
-        if type(rows) is Rows and rows.dim == 0 and not any(EFFECT in n.meta for n in node.all_input_nodes):
+        shared = any(EFFECT in n.meta for n in node.all_input_nodes)
+        if type(rows) is Rows and rows.dim == 0 and _of_inputs(node.args[0]) and not shared:
             node.meta[WEIGHTED] = rows
             return rows
     return None
+
+
+def _of_inputs(value: Any) -> bool:
+    """Whether a value depends on an input: one that does not may be made on both sides, and must have no effect."""
+    return isinstance(value, Node) and annotation(value).provenance is not Provenance.CONSTANT
 
 
 def _leaf(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> Batching:

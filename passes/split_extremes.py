@@ -75,6 +75,14 @@ def logsumexp(s: Splitter, app: Application) -> Form | None:
     if len(_sides(x)) < 2 or not dtype_of(x).is_floating_point:
         return None
     b = s.builder
-    both = b.cat([b.call(app.target, node, dims, True) for node, _ in sides_of(s, x)], x.dim)
+    both = b.cat([_soft_top(s, app, node, dims) for node, _ in sides_of(s, x)], x.dim)
     made = b.call(app.target, both, [x.dim], True)
     return Whole(made if app["keepdim"] else b.call(aten.squeeze.dims, made, dims))
+
+
+def _soft_top(s: Splitter, app: Application, node: Node, dims: list[int]) -> Node:
+    """logsumexp of one side. Where all its entries are -inf its own gradient is NaN, though no entry of it counts."""
+    b, nothing = s.builder, float("-inf")
+    dead = b.call(aten.eq.Scalar, b.call(aten.amax.default, node, dims, True), nothing)
+    alive = b.call(aten.masked_fill.Scalar, node, dead, 0.0)
+    return b.call(aten.masked_fill.Scalar, b.call(app.target, alive, dims, True), dead, nothing)

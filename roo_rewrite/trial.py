@@ -49,7 +49,7 @@ class Trial:
     ):
         """shared_masks: dropout is drawn per request, which no seed makes equal to the original's."""
         assert program.captured is not None
-        self.truth, self.other = twin(original), furnished(original, program.captured, name)
+        self.truth, self.other = twin(original), _with_store(original, program.captured, name)
         self.program, self.inputs, self.statics = program, inputs, statics
         self.noise = SteadyNoise if shared_masks else contextlib.nullcontext
         self.precision = _precision(program.captured)
@@ -214,15 +214,21 @@ class Trial:
         return None
 
 
-def furnished(original: nn.Module, captured: Captured, name: str) -> nn.Module:
-    """A copy of the model with what the emitted code of program `name` looks up in it."""
+def _with_store(original: nn.Module, captured: Captured, name: str) -> nn.Module:
+    """A copy of the model with what its RequestModel will have for program `name`, and no more."""
     made = twin(original)
+    made.add_module("_roo", nn.Module())
+    made.get_submodule("_roo").add_module(name, holder(made, captured))
+    return made
+
+
+def furnished(original: nn.Module, captured: Captured, name: str) -> nn.Module:
+    """A copy of the model with what the code of program `name` looks up in it after any pass."""
+    made = _with_store(original, captured, name)
     bodies = dict(captured.bodies.named_children())
     for node in captured.graph.nodes:
         if node.op == "get_attr" and node.target in bodies:  # of `no_grad` and kin, before they are inlined
             made.add_module(str(node.target), bodies[str(node.target)])
-    made.add_module("_roo", nn.Module())
-    made.get_submodule("_roo").add_module(name, holder(made, captured))
     return made
 
 

@@ -332,6 +332,21 @@ class BatchNormShared(UserBatchNorm):
         return (self.norm(self.a(u)) * v).sum(-1)
 
 
+class BatchNormOfParameter(UserBatchNorm):
+    """Its batch is rows of one parameter, as many as there are impressions."""
+
+    hoists = True
+    options = {"split": "always"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(4))
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        rows = self.w.expand(u.shape[0], -1)
+        return (self.a(u) * self.norm(rows + rows) * x).sum(-1)
+
+
 class BatchNormOnBoth(UserBatchNorm):
     hoists = True
 

@@ -8,6 +8,8 @@ import torch
 from hazard_parts import Plain
 from torch import Tensor, nn
 
+import roo_rewrite as roo
+
 
 def test_equal_or_refused(hazard: type, sound: Callable[[type], None]) -> None:
     sound(hazard)
@@ -337,3 +339,20 @@ class LoopOverHistory(nn.Module):
         for t in range(u_seq.shape[1]):
             h = self.cell(u_seq[:, t], h)
         return (h * x).sum(-1)
+
+
+class ChoosesByTensor(Plain):
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.mix(torch.cond(x.sum() > 0, lambda h: h * 2, lambda h: h * 3, (self.user(u),)), x)
+
+
+@torch.no_grad()
+def test_a_trial_has_no_more_than_the_rewritten_model() -> None:
+    """Bodies of a branch, say, that only the trace holds."""
+    torch.manual_seed(0)
+    model = ChoosesByTensor().eval()
+    spec = roo.FeatureSpec(request=["u"], impression=["x"])
+    rewritten = roo.rewrite(model, (torch.randn(6, 4), torch.randn(6, 4)), spec=spec, split="never")
+    u, x, counts = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([2, 0, 3])
+    want = model(u.repeat_interleave(counts, 0), x)
+    torch.testing.assert_close(rewritten(u, x, num_impressions=counts), want)

@@ -67,6 +67,15 @@ def test_logsumexp_is_taken_of_each_side(law: Any, drawn: dict[str, int], keepdi
     assert aten.logsumexp.default in law(Model(run), **{f: (w, 2) for f, w in drawn.items()}).moved()
 
 
+@pytest.mark.parametrize("keepdim", [True, False])
+def test_a_side_of_logsumexp_may_be_all_minus_infinity(law: Any, keepdim: bool) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        masked = u + (u > 0.3).to(u).log()
+        return torch.cat([masked, x], 1).logsumexp(1, keepdim)
+
+    assert aten.logsumexp.default in law(Model(run), u=(2, 3), x=(3, 3)).moved()
+
+
 @few
 @given(fields(2, 3), st.sampled_from(["amax", "amin"]), st.sampled_from([(1,), (1, 2)]), st.booleans())
 def test_ties_share_their_gradient_as_before(
