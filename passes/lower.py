@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
+from passes.drawn import in_order
 from passes.fuse import fuse
 from passes.hoist import COUNTS, SIDE
 from passes.mixed_rate import Layouts, mixed_rate
@@ -52,6 +53,7 @@ def lower(graph: Graph) -> None:
         new.meta[SIDE] = node.meta[SIDE]
         node.replace_all_uses_with(new)
         graph.erase_node(node)
+    in_order(graph)
     graph.lint()
 
 

@@ -28,6 +28,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from passes.build import Builder
+from passes.drawn import draws
 from passes.forms import Form, Reshaped, Whole
 from passes.functionalize import EFFECT, is_effect
 from passes.normalize import AUTOCAST
@@ -270,22 +271,10 @@ def _may_split(node: Node) -> bool:
         and AUTOCAST not in node.meta
         and isinstance(node.meta.get("val"), (Tensor, list, tuple))
         and node.target is not torch.ops.roo.leaf.default
-        and not _random(node)
+        and not draws(node)
     )
-
-
-def _random(node: Node) -> bool:
-    """Whether a node draws random numbers, as it is called here."""
-    if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:
-        return False
-    named = {a.name: a.default_value for a in node.target._schema.arguments}
-    named.update(zip(named, node.args))
-    named.update(node.kwargs)
-    if "dropout_p" in named:
-        return bool(named["dropout_p"])
-    return not (named.get("train") is False or named.get("p") == 0)
 
 
 def _keeps(node: Node) -> bool:
     trains = node.target is aten.batch_norm.default and bool(node.args[5])
-    return is_effect(node) or trains or (isinstance(node.target, OpOverload) and _random(node))
+    return is_effect(node) or trains or draws(node)

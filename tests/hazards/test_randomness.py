@@ -39,6 +39,21 @@ class DropoutTwice(Dropout):
         return (h * v).sum(-1)
 
 
+class DropoutOfTransposed(nn.Module):
+    """Drawn over columns that lie in memory row by row."""
+
+    hoists = True
+    options = {"split": "always"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        h = self.a(torch.cat([u, x], 1)).view(-1, 2, 4).transpose(1, 2)
+        return F.dropout(h, 0.5, self.training)
+
+
 class DropoutInEval(Plain):
     """Functional dropout that forgets the mode."""
 
