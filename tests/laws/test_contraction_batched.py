@@ -76,6 +76,8 @@ CONVOLUTIONS = {
     "stride": ((), lambda m, t: F.conv1d(t, m.wide[:, : t.shape[1]], m.b, stride=2, dilation=2)),
     "image": ((3,), lambda m, t: F.conv2d(t, m.image[:, : t.shape[1]], m.b, padding=(1, 0))),
     "beside": ((3,), lambda m, t: F.conv2d(t.transpose(1, 2), m.beside, m.b)),
+    "beside, padded": ((3,), lambda m, t: F.conv2d(t.transpose(1, 2), m.beside, m.b, padding=(1, 0))),
+    "beside, in steps": ((3,), lambda m, t: F.conv2d(t.transpose(1, 2), m.beside, m.b, stride=(2, 1))),
     "across": ((3,), lambda m, t: F.conv2d(t.transpose(1, 2), m.image[:, :6], m.b, padding=1)),
 }
 
@@ -92,9 +94,11 @@ def test_windows(law: Any, drawn: dict[str, int], name: str) -> None:
     law(Model(run, b=parameter(2), **weights), **{f: (w, 6, *shape) for f, w in drawn.items()})
 
 
-@pytest.mark.parametrize(
-    ("name", "parts"), [("window", 1), ("same", 1), ("stride", 1), ("image", 1), ("beside", 1), ("across", 1)]
-)
+MOVED = {"window": 1, "same": 1, "stride": 1, "image": 1, "across": 1}
+MOVED |= {"beside": 1, "beside, padded": 0, "beside, in steps": 0}
+
+
+@pytest.mark.parametrize(("name", "parts"), MOVED.items())
 def test_windows_within_a_piece_move(law: Any, name: str, parts: int) -> None:
     shape, convolve = CONVOLUTIONS[name]
 

@@ -90,3 +90,21 @@ def test_terms_of_one_side_are_added_before_the_product(law: Any) -> None:
 
     found = law(Model(run, w=parameter(2, 4)), u0=(4,), u1=(4,), x0=(4,), x1=(4,))
     assert found.flops() == (2 * 12 * 4 * 2, 2 * 4 * 2 * (3 + 12))
+
+
+@pytest.mark.parametrize("weight", [-2, -1, 0, 1, 2, 0.5])
+def test_terms_keep_their_weights(law: Any, weight: float) -> None:
+    def run(m: Model, u0: Tensor, u1: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+        h = torch.add(torch.add(u0 + x0, u1, alpha=weight), x1, alpha=-weight)
+        return F.linear(h, m.w)
+
+    found = law(Model(run, w=parameter(2, 4)), u0=(4,), u1=(4,), x0=(4,), x1=(4,))
+    assert found.flops()[1] <= 2 * 4 * 2 * (3 + 12)
+
+
+def test_numbers_times_flags_are_summed(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        seen = (u > 0).long().unsqueeze(2)
+        return F.linear((x.unsqueeze(1) * seen).sum(1) + (u.unsqueeze(2) * x.unsqueeze(1)).sum((1,)), m.w)
+
+    law(Model(run, w=parameter(2, 4)), u=(3,), x=(4,))

@@ -29,6 +29,8 @@ ALONG = {
     "pad": lambda m, x, d: F.pad(x, (0, 0) * (x.ndim - 1 - d) + (1, 2)),
     "pad with ones": lambda m, x, d: F.pad(x, (0, 0) * (x.ndim - 1 - d) + (0, 1), value=1.0),
     "crop": lambda m, x, d: F.pad(x, (0, 0) * (x.ndim - 1 - d) + (-1, 2)),
+    "crop the end": lambda m, x, d: F.pad(x, (0, 0) * (x.ndim - 1 - d) + (1, -1)),
+    "crop both ends": lambda m, x, d: F.pad(x, (0, 0) * (x.ndim - 1 - d) + (-1, -1)),
     "masked_fill": lambda m, x, d: x.masked_fill(keep(m.v, x, d), 0.5),
     "where": lambda m, x, d: torch.where(keep(m.v, x, d), x, 0.0),
     "where else": lambda m, x, d: torch.where(keep(m.v, x, d), x, keep(m.v, x, d) * m.v[0]),

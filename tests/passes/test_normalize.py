@@ -68,6 +68,36 @@ def test_autocast_is_marked_on_its_nodes(captured: Callable[..., Any]) -> None:
     assert [name for name, mark in marked.items() if mark] == ["matmul_1"]
 
 
+def test_the_innermost_autocast_is_marked_and_no_other(captured: Callable[..., Any]) -> None:
+    def function(m: Any, u: Any, x: Any) -> Any:
+        with torch.no_grad():
+            y = x.sin()
+        with torch.autocast("cpu", torch.bfloat16):
+            h = u @ m.w
+            with torch.no_grad():
+                h = h @ m.w
+            with torch.autocast("cpu", enabled=False):
+                h = h.float().tanh()
+        return h + y
+
+    trace, _ = captured(function)
+    normalize(trace)
+    marks = {str(n.target).split(".")[1]: n.meta[AUTOCAST] for n in trace.graph.nodes if AUTOCAST in n.meta}
+    assert {op: (mark[1], mark[2]) for op, mark in marks.items() if op in ("matmul", "tanh", "sin", "add")} == {
+        "matmul": (torch.bfloat16, True),
+        "tanh": (marks["tanh"][1], False),
+    }
+    assert sum(AUTOCAST in n.meta for n in trace.graph.nodes if n.target is torch.ops.aten.matmul.default) == 2
+
+
+def test_values_are_made_where_the_inputs_are(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(lambda m, u, x: u + torch.zeros(len(x), 4, device=x.device) + torch.ones(4, device="cpu"))
+    normalize(trace)
+    given = [a for n in trace.graph.nodes for a in (*n.args, *n.kwargs.values())]
+    assert not any(isinstance(a, torch.device) for a in given)
+    assert sum(isinstance(a, torch.fx.Node) and a.target is getattr for a in given) == 2
+
+
 def test_a_graph_that_still_writes_is_illegal(captured: Callable[..., Any]) -> None:
     trace, _ = captured(lambda m, u, x: (u * 1).add_(x))
     with pytest.raises(IllegalGraph, match="writes"):
