@@ -39,6 +39,7 @@ FRESH = {
     aten.addmm.default,
     aten.baddbmm.default,
     aten.add.Tensor,
+    aten.add_.Tensor,
     aten.sub.Tensor,
     aten.mul.Tensor,
     aten.layer_norm.default,

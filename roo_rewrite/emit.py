@@ -15,6 +15,7 @@ import torch
 import torch.fx
 from torch.fx import Graph, Node
 
+from roo_rewrite.entries import with_entries
 from roo_rewrite.facts import Provenance
 
 SIDE = "roo_side"
@@ -51,9 +52,10 @@ def emit(graph: Graph) -> Emitted:
 
 def function(graph: Graph) -> tuple[Callable[..., tuple[Any, ...]], str]:
     """The graph as a Python function of the model and its placeholders, and its source."""
-    for node in graph.nodes:
+    quick = with_entries(graph)
+    for node in quick.nodes:
         node.type = None
-    code = graph.python_code("self")
+    code = quick.python_code("self")
     scope = dict(code.globals)
     exec(compile(code.src, "<roo-rewrite>", "exec"), scope)
     made = scope["forward"]

@@ -43,6 +43,10 @@ FUSED: dict[str, tuple[Run, list[str]]] = {
     ),
     "a product onto another": (lambda m, u, x: m.item(x) + m.other(x.repeat(1, 2)[:, :6]), ["linear_onto"]),
     "a broadcast read in place": (lambda m, u, x: m.user(u).tanh() * m.item(x), ["jagged_apply", "mul"]),
+    "a sum in place, then its activation": (
+        lambda m, u, x: torch.relu(m.item(x) * m.item(x).sigmoid() + m.scale),
+        ["add_", "relu_"],
+    ),
     "a term added in place": (lambda m, u, x: m.item(x) + x.sum(1, keepdim=True), ["add_"]),
     "sigmoid and tanh": (
         lambda m, u, x: torch.sigmoid(m.item(x)) + torch.tanh(m.other(m.item(x) * 2)),
@@ -84,7 +88,7 @@ DECLINED: dict[str, tuple[Run, str]] = {
     "another dtype": (lambda m, u, x: m.item(x) + m.scale.double(), "add_"),
     "a scaled sum": (lambda m, u, x: torch.add(x, m.other(m.item(x))[:, :4], alpha=2), "linear_onto"),
     "a product read twice": (lambda m, u, x: (p := m.other(m.item(x))) + m.item(x) + p.exp(), "linear_onto"),
-    "twice the same term": (lambda m, u, x: (p := m.item(x)) + p, "add_("),
+    "twice the same term": (lambda m, u, x: (p := m.item(x)) + p, "linear_onto"),
 }
 
 
