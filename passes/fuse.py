@@ -4,6 +4,7 @@
     e = jagged_broadcast(a, rows, 0)              s = jagged_apply("add", q, a, layout)
     p = linear(k, W)                              t = linear_onto(s, k, W)
     y = relu(add(e, add(q, p)))                   y = relu_(t)
+    z = add(mul(v, r), b)                         z = addcmul(b, v, r)
 
 Called by `lower`. Postcondition: an op in place writes into a value made for it alone: a fresh tensor with one
 reader on its own side, which no backward needs.
@@ -37,6 +38,8 @@ FRESH = {
     aten.mm.default,
     aten.bmm.default,
     aten.addmm.default,
+    aten.addcmul.default,
+    aten.addcmul_.default,
     aten.baddbmm.default,
     aten.add.Tensor,
     aten.add_.Tensor,
@@ -128,23 +131,45 @@ def _is_product(node: Node, root: Node) -> bool:
     return len(dtypes) == 1 and len(node.meta["val"].shape) > 1
 
 
+def _is_scaled(node: Node, root: Node) -> bool:
+    """Whether a term is a product, entry by entry, that can be taken onto the others; those with a broadcast stay."""
+    if node.target is not aten.mul.Tensor or len(node.users) > 1 or not _is_fresh(node, root) or node.kwargs:
+        return False
+    values = [a.meta.get("val") if isinstance(a, Node) and not is_broadcast(a) else None for a in node.args]
+    like = root.meta["val"]
+    return like.is_floating_point() and all(
+        isinstance(v, Tensor) and v.dtype == like.dtype and v.device == like.device for v in values
+    )
+
+
 def _sum(graph: Graph, root: Node) -> None:
-    """sum(terms) + linear(x, W): the other terms first, then the product onto them."""
+    """sum(terms) + linear(x, W) + v * r: the other terms first, then the products onto them."""
     terms = list(_terms(root))
     products = [t for t in terms if _is_product(t, root)]
+    scaled = [t for t in terms if _is_scaled(t, root)]
     biased = [p for p in products if len(p.args) > 2]
-    rest = [t for t in terms if t not in products]
-    if not products or len(biased) > 1 or len(set(terms)) < len(terms):
+    rest = [t for t in terms if t not in (*products, *scaled)]
+    if not rest and not products:
+        rest, scaled = scaled[:1], scaled[1:]
+    if not (products or scaled) or len(biased) > 1 or len(set(terms)) < len(terms):
         return
     with graph.inserting_before(root):
         total = _total(graph, rest) if rest and not biased else None
-        if total is None or len(total.users) > 1 or not _is_fresh(total, root):
+        if total is None or (products and not _is_free(total, root)):
             first = (biased or products)[0]
             products.remove(first)
             total = _total(graph, [first, *rest])
         for product in products:
             total = _made(graph.call_function(linear_onto, (total, *product.args[:2])), root)
+        for term in scaled:
+            onto = aten.addcmul_.default if _is_free(total, root) else aten.addcmul.default
+            total = _made(graph.call_function(onto, (total, *term.args)), root)
     _replace_with(graph, root, total)
+
+
+def _is_free(total: Node, root: Node) -> bool:
+    """Whether the terms that are left may be written into the sum of the others."""
+    return len(total.users) < 2 and _is_fresh(total, root)
 
 
 def _total(graph: Graph, terms: list[Node]) -> Node:

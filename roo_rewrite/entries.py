@@ -24,6 +24,8 @@ ENTRIES: dict[Any, Any] = {
     aten.sub.Tensor: torch.sub,
     aten.mul.Tensor: torch.mul,
     aten.div.Tensor: torch.div,
+    aten.addcmul.default: torch.addcmul,
+    aten.addcmul_.default: Tensor.addcmul_,
     aten.bmm.default: torch.bmm,
     aten.cat.default: torch.cat,
     aten.clamp_min.default: torch.clamp_min,

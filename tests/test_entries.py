@@ -88,7 +88,8 @@ class Net(nn.Module):
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
         joined = torch.cat([self.user(self.table(u)), self.item(x) + x.sum(1, keepdim=True)], 1)
-        return torch.relu(self.norm(joined)[:, 1:7]).mean(1)
+        h = self.norm(joined)[:, 1:7]
+        return torch.relu(self.item(x) * h + h.exp() + self.item(x)).mean(1)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -99,6 +100,7 @@ def test_what_is_called_compiles_whole(training: bool) -> None:
         model, (torch.arange(5), torch.randn(5, 4)), spec=roo.FeatureSpec(request=["u"], impression=["x"]), check=True
     )
     assert "torch.ops.aten.linear" not in made.code
+    assert "Tensor_addcmul_" in made.code
     u, x, counts = torch.arange(3), torch.randn(6, 4), torch.tensor([2, 0, 4])
     compiled = torch.compile(made, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(u, x, num_impressions=counts), made(u, x, num_impressions=counts))

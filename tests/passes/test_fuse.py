@@ -44,9 +44,18 @@ FUSED: dict[str, tuple[Run, list[str]]] = {
     "a product onto another": (lambda m, u, x: m.item(x) + m.other(x.repeat(1, 2)[:, :6]), ["linear_onto"]),
     "a broadcast read in place": (lambda m, u, x: m.user(u).tanh() * m.item(x), ["jagged_apply", "mul"]),
     "a sum in place, then its activation": (
-        lambda m, u, x: torch.relu(m.item(x) * m.item(x).sigmoid() + m.scale),
+        lambda m, u, x: torch.relu(m.item(x) + m.scale),
         ["add_", "relu_"],
     ),
+    "a product entry by entry onto a sum": (
+        lambda m, u, x: torch.relu(m.user(u) + m.item(x) + x.sum(1, keepdim=True) * m.scale),
+        ["jagged_apply", "addcmul_", "relu_"],
+    ),
+    "a product entry by entry onto a row": (
+        lambda m, u, x: torch.relu(m.item(x) * x.mean(1, keepdim=True) + m.scale.exp()),
+        ["addcmul(", "relu_"],
+    ),
+    "two products entry by entry": (lambda m, u, x: m.item(x) * x[:, :1] + m.other(m.item(x)) * u[:, :1], ["addcmul"]),
     "a term added in place": (lambda m, u, x: m.item(x) + x.sum(1, keepdim=True), ["add_"]),
     "sigmoid and tanh": (
         lambda m, u, x: torch.sigmoid(m.item(x)) + torch.tanh(m.other(m.item(x) * 2)),
@@ -88,6 +97,11 @@ DECLINED: dict[str, tuple[Run, str]] = {
     "another dtype": (lambda m, u, x: m.item(x) + m.scale.double(), "add_"),
     "a scaled sum": (lambda m, u, x: torch.add(x, m.other(m.item(x))[:, :4], alpha=2), "linear_onto"),
     "a product read twice": (lambda m, u, x: (p := m.other(m.item(x))) + m.item(x) + p.exp(), "linear_onto"),
+    "a smaller product": (lambda m, u, x: m.item(x) + x[:, :1] * x[:, 1:2], "addcmul"),
+    "a product with a number": (lambda m, u, x: m.item(x) * 3.0 + m.other(m.item(x).exp()).exp(), "addcmul"),
+    "a product of another dtype": (lambda m, u, x: (m.item(x) * m.scale.double()) + m.scale.double(), "addcmul"),
+    "a product of whole numbers": (lambda m, u, x: m.item(x) + ((x > 0).long() * 2 + 1).sum(1, True), "addcmul"),
+    "a product of entries read twice": (lambda m, u, x: (p := m.item(x) * x[:, :1]) + m.scale + p.exp(), "addcmul"),
     "twice the same term": (lambda m, u, x: (p := m.item(x)) + p, "linear_onto"),
 }
 

@@ -19,6 +19,8 @@ from roo_rewrite.facts import Provenance
 from roo_rewrite.legality import IllegalGraph, hoisted
 from roo_rewrite.ops.broadcast import jagged_broadcast
 
+aten = torch.ops.aten
+
 COUNTS = torch.tensor([2, 0, 3])
 
 
@@ -86,6 +88,28 @@ def test_the_emitted_function_computes_the_original_on_the_expanded_batch(
     torch.testing.assert_close(got, trace.model(rows, x), rtol=1e-4, atol=1e-5)
     (parts,) = made.impression(trace.model, *made.request(trace.model, u, COUNTS), x, COUNTS)
     torch.testing.assert_close(parts, got, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("function", "outer"),
+    [
+        (lambda m, u, x: (x * 2).unsqueeze(2) @ x.unsqueeze(1), True),
+        (lambda m, u, x: torch.bmm((x * 2).unsqueeze(2), x.unsqueeze(1)), True),
+        (lambda m, u, x: x.view(-1, 2, 2, 1) @ x.view(-1, 2, 1, 2), True),
+        (lambda m, u, x: x.view(-1, 2, 2) @ x.view(-1, 2, 2), False),
+        (lambda m, u, x: x.unsqueeze(1) @ x.unsqueeze(2), False),
+        (lambda m, u, x: x.unsqueeze(2) @ m.w[:1], False),
+    ],
+)
+def test_an_outer_product_is_a_product_entry_by_entry(
+    captured: Callable[..., Any], function: Callable[..., Any], outer: bool
+) -> None:
+    graph, _, trace = hoist_of(captured, function)
+    lower(graph)
+    assert any(n.target in (aten.bmm.default, aten.matmul.default) for n in graph.nodes) != outer
+    u, x = torch.randn(3, 4), torch.randn(5, 4)
+    (got,) = emit(graph).whole(trace.model, u, x, COUNTS)
+    torch.testing.assert_close(got, trace.model(u[[0, 0, 2, 2, 2]], x))
 
 
 def test_a_value_crosses_before_it_grows(captured: Callable[..., Any]) -> None:
