@@ -87,6 +87,8 @@ def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, s
     """
     if not isinstance(original, nn.Module) or not hasattr(rewritten, "_inputs"):
         raise InputError("verify takes the original model first, and then what rewrite made of it")
+    if not (isinstance(batches, int) and isinstance(seed, int)):
+        raise InputError(f"batches and seed are whole numbers, got {batches!r} and {seed!r}")
     if _verified(original, rewritten, batches, seed, double=True):
         return
     if not _verified(original, rewritten, batches, seed, double=False):

@@ -107,3 +107,5 @@ def test_verify_of_something_else(pair: tuple[nn.Module, Any]) -> None:
             roo.verify(other, made)
     with pytest.raises(roo.RooError, match="nothing was verified"):
         roo.verify(model, made, batches=0)
+    with pytest.raises(roo.InputError, match="whole numbers"):
+        roo.verify(model, made, seed="a")  # type: ignore[arg-type]
