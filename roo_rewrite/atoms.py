@@ -3,6 +3,7 @@
 leaf                        atoms
 tensor                      itself
 packed columns [B, F]       x.request [B, Fr], x.impression [B, Fi]
+JaggedTensor                f._values, f._lengths (and f._weights), whatever else it has worked out
 KeyedJaggedTensor           per key: f.key.values, f.key.lengths (and f.key.weights)
 anything else               none; kept as it is
 """
@@ -20,7 +21,7 @@ from torch.nn import functional
 from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import Range
-from roo_rewrite.kjt import is_kjt, join
+from roo_rewrite.kjt import is_jagged, is_kjt, join
 
 Kind = Literal["dense", "shared", "values", "lengths", "offsets", "offsets_total"]
 
@@ -153,6 +154,25 @@ class Columns(Leaf):
 
     def from_side(self, value: Any, side: Provenance) -> list[Tensor]:
         return [value] if isinstance(value, Tensor) else super().from_side(value, side)
+
+
+@dataclass(frozen=True)
+class Jagged(Leaf):
+    """A TorchRec `JaggedTensor`: values and lengths, and weights where the example has them."""
+
+    name: str
+    atoms: tuple[Atom, ...]
+    type: Any
+
+    def from_impression(self, value: Any) -> list[Tensor]:
+        if not is_jagged(value) or (value.weights_or_none() is not None) is not (len(self.atoms) == 3):
+            has = "with" if len(self.atoms) == 3 else "without"
+            raise InputError(f"input {self.name!r} must be a JaggedTensor {has} weights, as in the example")
+        return [value.values(), value.lengths(), *([value.weights()] if len(self.atoms) == 3 else [])]
+
+    def to_impression(self, atoms: Sequence[Tensor]) -> Any:
+        values, lengths, *weights = atoms
+        return self.type(values, lengths=lengths, weights=weights[0] if weights else None)
 
 
 @dataclass(frozen=True)

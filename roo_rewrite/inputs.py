@@ -18,6 +18,7 @@ from roo_rewrite.atoms import (
     Atom,
     Columns,
     Dense,
+    Jagged,
     Keyed,
     Kind,
     Leaf,
@@ -31,7 +32,8 @@ from roo_rewrite.atoms import (
 from roo_rewrite.errors import InputError, SpecError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec, matches
-from roo_rewrite.kjt import is_kjt, name_parts
+from roo_rewrite.jagged_pairs import jagged_pairs
+from roo_rewrite.kjt import is_jagged, is_kjt, is_ragged, name_parts
 from roo_rewrite.nest import Nest, gather, nest_of
 from roo_rewrite.ops.ragged import select_ragged
 from roo_rewrite.parameters import Parameters, Path, follow, parameters_of
@@ -201,20 +203,20 @@ def _of_skeleton(spec: FeatureSpec, skeleton: Any, *rest: Any) -> Inputs:
 
 
 def _leaf_count(value: Any) -> int:
-    return 1 if isinstance(value, Tensor) else len(pytree.tree_leaves(value, is_leaf=is_kjt))
+    return 1 if isinstance(value, Tensor) else len(pytree.tree_leaves(value, is_leaf=is_ragged))
 
 
 def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
-    return pytree.tree_flatten(tree, is_leaf=is_kjt)
+    return pytree.tree_flatten(tree, is_leaf=is_ragged)
 
 
 def register_dataclasses(tree: Any) -> None:
     """Makes pytree nodes of the dataclass instances in `tree`, at any depth, that hold tensors."""
-    for value in pytree.tree_leaves(tree, is_leaf=is_kjt):
+    for value in pytree.tree_leaves(tree, is_leaf=is_ragged):
         if is_dataclass(value) and not isinstance(value, (type, Tensor)):
             fields = list(vars(value).values())
             register_dataclasses(fields)
-            if any(isinstance(v, Tensor) or is_kjt(v) for v in pytree.tree_leaves(fields, is_leaf=is_kjt)):
+            if any(isinstance(v, Tensor) or is_ragged(v) for v in pytree.tree_leaves(fields, is_leaf=is_ragged)):
                 torch.export.register_dataclass(type(value))
 
 
@@ -242,59 +244,33 @@ def bind_inputs(
     call = (tuple(args), dict(kwargs))
     register_dataclasses(call)
     name_parts()
-    with_paths, _ = pytree.tree_flatten_with_path(call, is_leaf=is_kjt)
+    with_paths, _ = pytree.tree_flatten_with_path(call, is_leaf=is_ragged)
     tree = _flatten(call)[1]
     paths = tuple(_path(keys, parameters) for keys, _ in with_paths)
     named = [(".".join(str(key) for _, key in path), value) for path, (_, value) in zip(paths, with_paths)]
     features: list[str] = []
     for name, value in named:
-        features += [f"{name}.{k}" for k in value.keys()] if is_kjt(value) else [name] * isinstance(value, Tensor)
+        features += _names(name, value)
     unknown = [k for k in (*spec.columns, *spec.jagged, *spec.jagged.values()) if not matches(k, features)]
     if unknown:
         raise SpecError(f"FeatureSpec names {unknown} in columns or jagged; the inputs are {features}")
     sides = spec.assign(features)
-    pairs = _jagged_pairs(spec, features, {n: v for n, v in named if isinstance(v, Tensor)}, sides)
+    pairs = jagged_pairs(spec, features, {n: v for n, v in named if isinstance(v, Tensor)}, sides)
     leaves = [_leaf(name, value, spec, sides, pairs, features) for name, value in named]
     return Inputs(spec, tree, tuple(leaves), paths, parameters)
 
 
-def _jagged_pairs(
-    spec: FeatureSpec, features: list[str], tensors: dict[str, Tensor], sides: dict[str, Provenance]
-) -> dict[str, tuple[Kind, str]]:
-    """name -> (its kind, the name of its lengths or offsets), for both halves of every declared pair."""
-    rows = {t.shape[0] for n, t in tensors.items() if n not in _partners(spec, features) and t.ndim}
-    pairs: dict[str, tuple[Kind, str]] = {}
-    for values_key, rows_key in spec.jagged.items():
-        values, keeper = matches(values_key, features)[0], matches(rows_key, features)[0]
-        if values == keeper:
-            raise SpecError(
-                f"FeatureSpec.jagged[{values!r}] names the values themselves; name their lengths or offsets"
-            )
-        if sides[values] is not sides[keeper]:
-            raise SpecError(f"jagged pair {values!r} and {keeper!r} must lie on the same side")
-        pairs[values] = ("values", keeper)
-        pairs[keeper] = (_rows_kind(keeper, tensors[keeper], tensors[values], rows), keeper)
-    return pairs
+def _names(name: str, value: Any) -> list[str]:
+    """The features in one leaf of the call."""
+    if is_kjt(value):
+        return [f"{name}.{k}" for k in value.keys()]
+    if is_jagged(value):
+        return [f"{name}.{part}" for part in ("_values", "_lengths", "_weights")[: 2 + _weighted(value)]]
+    return [name] * isinstance(value, Tensor)
 
 
-def _partners(spec: FeatureSpec, features: list[str]) -> set[str]:
-    return {n for pair in spec.jagged.items() for key in pair for n in matches(key, features)}
-
-
-def _rows_kind(name: str, keeper: Tensor, values: Tensor, rows: set[int]) -> Kind:
-    """Lengths, or offsets with or without the final total; told apart by what adds up."""
-    flat = keeper.tolist()
-    total = values.shape[0]
-    ascending = bool(flat) and flat[0] == 0 and all(a <= b for a, b in zip(flat, flat[1:]))
-    if len(rows) == 1 and ascending and flat[-1] == total and len(flat) == next(iter(rows)) + 1:
-        return "offsets_total"
-    if sum(flat) == total and not (ascending and "offset" in name):
-        return "lengths"
-    if ascending and flat[-1] <= total:
-        return "offsets_total" if not rows and flat[-1] == total else "offsets"
-    raise SpecError(
-        f"jagged {name!r} is neither lengths (they sum to {sum(flat)}) nor offsets of {total} values; check the example"
-    )
+def _weighted(jagged: Any) -> bool:
+    return jagged.weights_or_none() is not None
 
 
 def _leaf(
@@ -307,6 +283,8 @@ def _leaf(
 ) -> Leaf:
     if is_kjt(value):
         return _keyed(name, value, sides)
+    if is_jagged(value):
+        return _jagged(name, value, sides)
     if hasattr(value, "__array_interface__") and not isinstance(value, Tensor) and len(getattr(value, "shape", ())):
         raise SpecError(f"input {name!r} is a {type(value).__name__}; give tensors, only they have rows")
     if not isinstance(value, Tensor):
@@ -326,10 +304,18 @@ def _leaf(
 
 def _keyed(name: str, kjt: Any, sides: dict[str, Provenance]) -> Keyed:
     keys = tuple(kjt.keys())
-    weighted = kjt.weights_or_none() is not None
+    weighted = _weighted(kjt)
     atoms: list[Atom] = []
     for key in keys:
         side, stem = sides[f"{name}.{key}"], f"{name}.{key}"
         atoms += [Atom(f"{stem}.values", side, "values", f"{stem}.lengths"), Atom(f"{stem}.lengths", side, "lengths")]
         atoms += [Atom(f"{stem}.weights", side, "values", f"{stem}.lengths")] if weighted else []
     return Keyed(name, tuple(atoms), keys, tuple(sides[f"{name}.{k}"] for k in keys), weighted)
+
+
+def _jagged(name: str, value: Any, sides: dict[str, Provenance]) -> Jagged:
+    values, lengths, *weights = names = _names(name, value)
+    if len({sides[n] for n in names}) > 1:
+        raise SpecError(f"all parts of the JaggedTensor {name!r} must lie on the same side")
+    atoms = [Atom(n, sides[n], "values", lengths) for n in (values, *weights)]
+    return Jagged(name, (atoms[0], Atom(lengths, sides[lengths], "lengths"), *atoms[1:]), type(value))

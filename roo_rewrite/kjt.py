@@ -37,6 +37,17 @@ def is_kjt(value: Any) -> bool:
     return module is not None and isinstance(value, module.KeyedJaggedTensor)
 
 
+def is_jagged(value: Any) -> bool:
+    """Whether `value` is a TorchRec JaggedTensor, without importing TorchRec."""
+    module = sys.modules.get("torchrec.sparse.jagged_tensor")
+    return module is not None and isinstance(value, module.JaggedTensor)
+
+
+def is_ragged(value: Any) -> bool:
+    """Whether `value` is one argument of several tensors whose rows are of unequal lengths."""
+    return is_kjt(value) or is_jagged(value)
+
+
 def name_parts() -> None:
     """Lets a TorchRec KeyedTensor, whose pytree node has no names, be an input: the tensor `_values`."""
     module = sys.modules.get("torchrec.sparse.jagged_tensor")

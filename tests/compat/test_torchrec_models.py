@@ -177,10 +177,42 @@ class Reads(nn.Module):
         return self.out(torch.cat([pooled * user["a"], self.embed(item) * user["b"]], 1))
 
 
-def test_jagged_and_keyed_tensors_are_inputs(rewritten_and_verified: Any) -> None:
-    lengths = torch.tensor([2, 0, 3, 1, 0, 2, 1])
-    hist = JaggedTensor(torch.arange(int(lengths.sum())), lengths=lengths)
-    user = KeyedTensor(["a", "b"], [4, 4], torch.rand(ROWS, 8, generator=torch.Generator().manual_seed(0)))
-    spec = roo.FeatureSpec(["hist*", "user*"], ["item"], jagged={"hist._values": "hist._lengths"})
-    made = rewritten_and_verified(Reads().eval(), (hist, user, torch.arange(ROWS)), spec=spec)
+LENGTHS = torch.tensor([2, 0, 3, 1, 0, 2, 1])
+BOTH = roo.FeatureSpec(["hist*", "user*"], ["item"])
+
+
+def reads(hist: JaggedTensor) -> tuple[JaggedTensor, KeyedTensor, Tensor]:
+    user = torch.rand(len(hist.lengths()), 8, generator=torch.Generator().manual_seed(0))
+    return hist, KeyedTensor(["a", "b"], [4, 4], user), torch.arange(ROWS)
+
+
+@pytest.mark.parametrize("pair", [{}, {"hist._values": "hist._lengths"}])
+def test_jagged_and_keyed_tensors_are_inputs(rewritten_and_verified: Any, pair: dict[str, str]) -> None:
+    hist = JaggedTensor(torch.arange(int(LENGTHS.sum())), lengths=LENGTHS)
+    spec = roo.FeatureSpec(["hist*", "user*"], ["item"], jagged=pair)
+    made = rewritten_and_verified(Reads().eval(), reads(hist), spec=spec)
     assert any("embedding" in str(n.target) for n in made._whole_program().plan.request)
+
+
+def test_a_jagged_tensor_may_have_worked_out_its_offsets_or_not() -> None:
+    model, values = Reads().eval(), torch.arange(int(LENGTHS.sum()))
+    known = JaggedTensor(values, lengths=LENGTHS)
+    known.offsets()
+    made = roo.rewrite(model, reads(known), spec=BOTH, check=True)
+    request = JaggedTensor(values[:5], offsets=torch.tensor([0, 2, 5]))
+    impression = JaggedTensor(torch.cat([values[:2], *[values[2:5]] * 6]), lengths=torch.tensor([2, *[3] * 6]))
+    counts = torch.tensor([1, 6])
+    hist, user, item = reads(request)
+    expected = model(impression, KeyedTensor(["a", "b"], [4, 4], user.values().repeat_interleave(counts, 0)), item)
+    torch.testing.assert_close(made(hist, user, item, num_impressions=counts), expected)
+
+
+def test_a_jagged_tensor_lies_on_one_side_and_keeps_its_kind() -> None:
+    values = torch.arange(int(LENGTHS.sum()))
+    hist = JaggedTensor(values, lengths=LENGTHS)
+    with pytest.raises(roo.SpecError, match="same side"):
+        roo.rewrite(Reads(), reads(hist), spec=roo.FeatureSpec(["hist._values", "user*"], ["hist._lengths", "item"]))
+    made = roo.rewrite(Reads().eval(), reads(hist), spec=BOTH)
+    weighted = JaggedTensor(values, weights=values.float(), lengths=LENGTHS)
+    with pytest.raises(roo.InputError, match="without weights"):
+        made(*reads(weighted), num_impressions=torch.ones(ROWS, dtype=torch.long))
