@@ -55,6 +55,9 @@ from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, 
 
 aten = torch.ops.aten
 WEIGHTED = "roo_weighted"
+EXTREME = "roo_extreme"
+_EXTREMES = (aten.max.default, aten.min.default, aten.any.default, aten.all.default)
+_ITEMS = (aten.item.default, aten._local_scalar_dense.default)
 # Ops that take lengths: a number for each row, how many jagged values are its own.
 _COUNTING = {
     "aten.cumsum.default",
@@ -80,6 +83,7 @@ class Policy:
 def annotate(captured: Captured, inputs: Inputs, model: nn.Module, policy: Policy) -> None:
     """Annotates every node of the captured graph, in order."""
     atoms = iter(inputs.atoms)
+    captured.steady = {}
     for node in captured.graph.nodes:
         if node.op == "placeholder":
             node.meta[META] = _input(next(atoms))
@@ -116,6 +120,7 @@ def _call(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> A
     if node.target is operator.getitem and isinstance(node.args[0], Node):
         return _part(annotation(node.args[0]), node.args[1])
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
+        _note_steady(captured, node)
         return Annotation(Provenance.IMPRESSION, Size())
     operands = [n for n in node.all_input_nodes if _is_tensor(n)]
     sources = [annotation(n).provenance for n in operands]
@@ -124,6 +129,18 @@ def _call(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> A
     except NotRowWise as e:
         return _cross_row(str(e))
     return Annotation(max(sources, default=Provenance.CONSTANT), batching)
+
+
+def _note_steady(captured: Captured, node: Node) -> None:
+    """A size that is read off a value without a batch is one number, at whatever rate the value is made."""
+    source, size = node.args[0] if node.args else None, node.meta["val"]
+    if node.target not in _ITEMS or not isinstance(source, Node) or not isinstance(size, torch.SymInt):
+        return
+    known = annotation(source)
+    if known.provenance is not Provenance.IMPRESSION and isinstance(known.batching, Replicated):
+        expr = captured.expr(size)
+        if isinstance(expr, sympy.Symbol) and expr != BATCH:
+            captured.steady.setdefault(expr, node)
 
 
 def _part(whole: Annotation, index: Any) -> Annotation:
@@ -149,7 +166,7 @@ def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) 
     random = torch.Tag.nondeterministic_seeded in node.target.tags
     if random and find(str(node.target)) is None:
         raise NotRowWise("draws random numbers for every impression")
-    outputs = [[_hint(s) for s in t.shape] for t in _tensors(node.meta["val"])]
+    outputs = [[int(_extent(captured, s)) for s in t.shape] for t in _tensors(node.meta["val"])]
     operand = functools.partial(_operand, captured, counting=str(node.target) in _COUNTING)
     call = make_call(node.target, node.args, node.kwargs, operand, captured.batch, outputs)
     special = _special(node, call.args, policy)
@@ -157,7 +174,13 @@ def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) 
 
 
 def _special(node: Node, args: dict[str, Any], policy: Policy) -> Batching | None:
-    """Training ops that are row-wise only by agreement: shared dropout, count-weighted batch norm."""
+    """Ops that are row-wise only by agreement: shared dropout, count-weighted batch norm, extremes over the batch."""
+    node.meta.pop(EXTREME, None)
+    if node.target in _EXTREMES and _of_request(node):
+        rows, dtype = args["self"].batching, args["self"].dtype
+        if isinstance(rows, Rows) and rows.dim == 0 and not dtype.is_floating_point and not dtype.is_complex:
+            node.meta[EXTREME] = rows
+            return Replicated()
     if node.target is aten.dropout.default and policy.dropout == "per_request" and _of_inputs(node.args[0]):
         return args["input"].batching  # type: ignore[no-any-return]
     if node.target is aten.batch_norm.default and args["training"]:
@@ -172,6 +195,12 @@ def _special(node: Node, args: dict[str, Any], policy: Policy) -> Batching | Non
 def _of_inputs(value: Any) -> bool:
     """Whether a value depends on an input: one that does not may be made on both sides, and must have no effect."""
     return isinstance(value, Node) and annotation(value).provenance is not Provenance.CONSTANT
+
+
+def _of_request(node: Node) -> bool:
+    """Whether all that an op reads are request-level rows."""
+    known = [annotation(n).provenance for n in node.all_input_nodes]
+    return known == [Provenance.REQUEST] and not any(EFFECT in n.meta for n in node.all_input_nodes)
 
 
 def _leaf(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> Batching:
@@ -193,7 +222,7 @@ def _operand(captured: Captured, value: Any, counting: bool = False) -> Any:
                 batching = Lengths(lengths=computed_lengths(value))
             return Operand(tuple(_extent(captured, s) for s in meaning.shape), batching, meaning.dtype)
         if isinstance(meaning, torch.SymInt):
-            if not captured.expr(meaning).is_Integer and not meaning.node.has_hint():
+            if not meaning.node.has_hint() and not _known(captured, captured.expr(meaning)):
                 raise NotRowWise("a size is known only at run time")
             return _extent(captured, meaning)
         if isinstance(meaning, (torch.SymFloat, torch.SymBool)):
@@ -204,13 +233,27 @@ def _operand(captured: Captured, value: Any, counting: bool = False) -> Any:
 
 def _extent(captured: Captured, size: int | torch.SymInt) -> int:
     expr = captured.expr(size)
-    return int(expr) if expr.is_Integer else Extent(_hint(size))
+    if expr.is_Integer:
+        return int(expr)
+    if isinstance(size, torch.SymInt) and size.node.has_hint():
+        return Extent(size.node.hint)
+    if not _known(captured, expr):
+        return Extent(_AT_RUN_TIME)
+    number = int(expr.subs({**_stand_ins(captured), BATCH: captured.batch}))
+    return Extent(number) if BATCH in expr.free_symbols else number
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, torch.SymInt):
-        return int(size.node.hint) if size.node.has_hint() else _AT_RUN_TIME
-    return size
+def _known(captured: Captured, expr: sympy.Expr) -> bool:
+    """Whether a size is one in terms of the batch and of steady sizes."""
+    return bool(expr.free_symbols <= {BATCH, *captured.steady})
+
+
+def _stand_ins(captured: Captured) -> dict[sympy.Symbol, int]:
+    """A prime for each steady size, no two the same: rules take it for a width like any other."""
+    found, last = {}, _AT_RUN_TIME
+    for symbol in captured.steady:
+        found[symbol] = last = int(sympy.prevprime(last))
+    return found
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -242,7 +285,7 @@ def _checked(captured: Captured, batching: Batching, value: Any) -> Batching:
 def _agrees(captured: Captured, part: Batching, tensor: Tensor | None) -> None:
     for dim, size in enumerate(captured.expr(s) for s in (tensor.shape if tensor is not None else ())):
         expected = _expected(part, dim)
-        if expected is None and not size.is_Integer:
+        if expected is None and not size.free_symbols <= set(captured.steady):
             raise NotRowWise(f"dim {dim} of the result has size {size}, which the rule does not account for")
         if expected is not None and not isinstance(part, Ragged) and sympy.expand(size - expected) != 0:
             raise NotRowWise(f"dim {dim} of the result has size {size}, not {expected}")

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import sympy
@@ -24,7 +25,7 @@ import torch
 import torch.fx
 from torch.fx import Graph, Node
 
-from passes.annotate import WEIGHTED
+from passes.annotate import EXTREME, WEIGHTED
 from passes.functionalize import keeps
 from passes.partition import Partition
 from roo_rewrite.capture import Captured
@@ -32,6 +33,7 @@ from roo_rewrite.facts import Lengths, Offsets, Provenance, Ragged, Replicated, 
 from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import jagged_broadcast, jagged_select, request_of
+from roo_rewrite.ops.extreme import rows_seen
 from roo_rewrite.ops.norm import weighted_batch_norm
 
 aten = torch.ops.aten
@@ -104,6 +106,8 @@ class _Hoist:
             made = self._device(node, Provenance.REQUEST)
         elif WEIGHTED in node.meta and node in self.inside:
             made = self._weighted(node)
+        elif EXTREME in node.meta:
+            made = self._extreme(node)
         else:
             made = self.graph.node_copy(node, self._request)
         self.at_request[node] = self._mark(made, node)
@@ -115,6 +119,15 @@ class _Hoist:
         rows = node.meta[WEIGHTED]
         args = tuple(torch.fx.map_arg(a, self._request) for a in (x, weight, bias, mean, var, momentum, eps))
         return self.graph.call_function(weighted_batch_norm, (*args, self.counts, rows.outer, rows.inner))
+
+    def _extreme(self, node: Node) -> Node:
+        """max, min, any or all over the batch at R rows: those without impressions are not there."""
+        x, rows = node.args[0], node.meta[EXTREME]
+        assert isinstance(x, Node)
+        largest = node.target in (aten.max.default, aten.any.default)
+        seen = self.graph.call_function(rows_seen, (self._request(x), self.counts, largest, rows.outer, rows.inner))
+        target: Any = node.target
+        return self.graph.call_function(target, (self._mark(seen),))
 
     # -- the impression side
 
@@ -215,9 +228,10 @@ class _Hoist:
     def _size(self, node: Node, side: Provenance) -> Any:
         """A size of the traced batch, with the rows of `side` in the place of the batch."""
         value = node.meta["val"]
-        if not isinstance(value, torch.SymInt) or not _computable(self.captured.expr(value)):
+        if not isinstance(value, torch.SymInt) or not _computable(self.captured.expr(value), self.captured.steady):
             return self._copied_size(node, side)
-        return self._emit(self.captured.expr(value), side)
+        expr = self.captured.expr(value)
+        return self._copied_size(node, side) if expr in self.captured.steady else self._emit(expr, side)
 
     def _copied_size(self, node: Node, side: Provenance) -> Any:
         """A number known only at run time, or no plain integer: computed as in the original, on its side."""
@@ -241,6 +255,8 @@ class _Hoist:
             return int(expr)
         if expr == BATCH:
             return self._rows(side)
+        if expr in self.captured.steady:
+            return self._copied_size(self.captured.steady[expr], side)
         if key not in self.sizes:
             self.sizes[key] = self._mark(self._emit_new(expr, side))
         return self.sizes[key]
@@ -272,7 +288,7 @@ class _Hoist:
         return made
 
 
-def _computable(expr: sympy.Expr) -> bool:
+def _computable(expr: sympy.Expr, steady: Mapping[sympy.Symbol, Node]) -> bool:
     """Whether `_emit_new` can write this size."""
     known = {
         "Symbol",
@@ -292,7 +308,7 @@ def _computable(expr: sympy.Expr) -> bool:
         power = name == "Pow" and part.args[1].is_Integer and part.args[1] > 0
         if not power and name not in known | {"Min", "Max"}:
             return False
-    return bool(expr.free_symbols <= {BATCH})
+    return bool(expr.free_symbols <= {BATCH, *steady})
 
 
 def identifier(name: str) -> str:

@@ -54,6 +54,7 @@ class Captured:
     symbols: the trace's size symbols -> the same in terms of `BATCH`.
     accepts: whether a batch of this many rows is one the trace is valid for. model: the copy that was traced.
     assumed: buffers whose values the passes built on (masks, index vectors): see `Program.holds`.
+    steady: sizes known only at run time that are the same at both rates -> the node that makes each (`annotate`).
     """
 
     model: nn.Module
@@ -69,6 +70,7 @@ class Captured:
     leaves: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     assumed: dict[str, Tensor] = field(default_factory=dict)
+    steady: dict[sympy.Symbol, torch.fx.Node] = field(default_factory=dict)
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
         """The flat outputs of the graph in the structure of the original's."""
