@@ -10,6 +10,7 @@
     masked_select(x, buffer)                           index_select (see `constant_masks`)
     index_put(x, [rows T times, c], v)                 by rows (see `repeated_rows`)
     softmax(x - max(x), 1)                             softmax(x, 1) (see `shifted_softmax`)
+    permute_pooled_embs(x, [0, 2, 5], [1, 0], ..)      cat of slices (see `pooled_columns`)
     zeros([B, 3], device="cpu")                        zeros([B, 3], device=<device of the inputs>)
 
 Postcondition: no higher-order ops that only wrap, no in-place ops but marked effects, no op that is the
@@ -29,6 +30,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from passes.constant_masks import constant_masks
 from passes.functionalize import functionalize, is_effect, keeps, mutated
+from passes.pooled_columns import pooled_columns
 from passes.repeated_rows import repeated_rows
 from passes.shifted_softmax import unshifted
 from roo_rewrite.capture import Captured
@@ -56,6 +58,7 @@ def normalize(captured: Captured) -> None:
     _drop_identities(captured)
     functionalize(graph)
     constant_masks(captured)
+    pooled_columns(captured)
     for node in list(graph.nodes):
         if node.op == "call_function":
             _simplify(captured, node)

@@ -17,7 +17,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from passes.traced import traced
+from passes.traced import called, traced
 from roo_rewrite.capture import Captured
 
 aten = torch.ops.aten
@@ -47,7 +47,7 @@ def _by_row(captured: Captured, node: Node) -> None:
             return
     with captured.graph.inserting_before(node):
         apart = [
-            _call(captured, aten.unsqueeze.default, pair[0], 1) if pair else _apart(captured, i, times)
+            called(captured.graph, aten.unsqueeze.default, pair[0], 1) if pair else _apart(captured, i, times)
             for i, pair in zip(indices, repeated)
         ]
         node.args = (node.args[0], apart, *node.args[2:])
@@ -96,10 +96,4 @@ def _shape(node: Any) -> Any:
 
 
 def _apart(captured: Captured, vector: Node, times: int) -> Node:
-    return _call(captured, aten.reshape.default, vector, [-1, times, *_shape(vector)[1:]])
-
-
-def _call(captured: Captured, target: Any, *args: Any) -> Node:
-    made = captured.graph.call_function(target, args)
-    made.meta["val"] = traced(target, torch.fx.map_arg(args, lambda n: n.meta["val"]))
-    return made
+    return called(captured.graph, aten.reshape.default, vector, [-1, times, *_shape(vector)[1:]])

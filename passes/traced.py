@@ -11,6 +11,7 @@ import torch
 from sympy.core.relational import Relational
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node, map_arg
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 from torch.utils import _pytree as pytree
 
@@ -34,6 +35,13 @@ def traced(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
                 return target(*args, **kwargs)
             except GuardOnDataDependentSymNode as e:
                 raise NotRowWise(f"{target} asks for the number that {e.cond} is") from e
+
+
+def called(graph: Graph, target: Callable[..., Any], *args: Any) -> Node:
+    """A new node `target(*args)`, with its traced value."""
+    made = graph.call_function(target, args)
+    made.meta["val"] = traced(target, map_arg(args, lambda n: n.meta["val"]))
+    return made
 
 
 @contextlib.contextmanager
