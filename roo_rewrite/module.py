@@ -151,7 +151,7 @@ class RequestModel(nn.Module):
         """Request inputs -> the values that cross to the impressions, by name, R rows each.
 
         Takes the full arguments of a call, or those of the request side alone. `num_impressions` is
-        needed only in training, where batch norm counts impressions.
+        needed where the batch matters: batch norm in training, padding to the batch's longest history.
         """
         return parts.request_part(self, num_impressions, args, kwargs)
 

@@ -67,8 +67,8 @@ def request_part(
     else:
         if counts is None and _counts(program):
             raise InputError(
-                "in training the request part weighs its batch statistics by the impressions of each request: "
-                "pass num_impressions, or call model.eval() to serve"
+                "the request part knows the whole batch (batch norm in training, the longest history of a batch), "
+                "to which a request without impressions does not belong: pass num_impressions"
             )
         found = Residuals(zip(program.emitted.residuals, program.emitted.request(model, *mine, counts)))
     found.program = program

@@ -120,3 +120,14 @@ def test_only_extremes_of_the_request_are_taken_once(kind: type[Plain], op: str,
     spec = roo.FeatureSpec([n for n in names if n[0] == "u"], [n for n in names if n[0] == "x"])
     found = roo.rewrite(model, (), drawn, spec=spec).report
     assert any(n.op.split(".")[0] == op and n.runs == "request" for n in found.nodes) is once, str(found)
+
+
+def test_the_request_part_asks_which_requests_are_there() -> None:
+    model, drawn = Share().eval().double(), (torch.tensor([2, 5, 3, 1]), torch.rand(4, 4).double())
+    item, counts = torch.rand(5, 4).double(), torch.tensor([2, 0, 3, 0])
+    example = (*(t.repeat(2, *[1] * (t.ndim - 1)) for t in drawn), torch.rand(8, 4).double())
+    made = roo.rewrite(model, example, spec=roo.FeatureSpec(["u_len", "u"], ["x"]), fanout=64)
+    with pytest.raises(roo.InputError, match="pass num_impressions"):
+        made.request_part(*drawn)
+    scores = made.impression_part(made.request_part(*drawn, num_impressions=counts), item, num_impressions=counts)
+    torch.testing.assert_close(scores, model(*(t.repeat_interleave(counts, 0) for t in drawn), item))
