@@ -168,8 +168,14 @@ def pairwise_distance(call: Call) -> Batching:
 
 @rule(
     "aten.cdist.default",
-    cases=[case("B 2 3", "B 4 3"), case("B 3", "4 3"), case("B 5 2 3", "B 5 4 3"), case("B 2 3", "4 3")]
-    + [case("2 3", "B 4 3"), case("3 B", "4 B", declines=True)],
+    cases=[
+        case("B 2 3", "B 4 3"),
+        case("B 3", "4 3"),
+        case("B 5 2 3", "B 5 4 3"),
+        case("B 2 3", "4 3"),
+        case("2 3", "B 4 3"),
+        case("3 B", "4 B", declines=True),
+    ],
 )
 def cdist(call: Call) -> Batching:
     """The distance of every row of x1 to every row of x2, the dims before them broadcast."""
