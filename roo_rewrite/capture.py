@@ -27,6 +27,7 @@ from roo_rewrite.guards import BATCH, Guards
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
+from roo_rewrite.methods import Leaf, Unfit, confirm, failed_in, named
 from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.packed import padded_sequences
 from roo_rewrite.purity import random_kept, twin, untraceable
@@ -35,7 +36,6 @@ from roo_rewrite.tracing import (
     DataDetached,
     assignments_allowed,
     brief,
-    innermost,
     no_lost_calls,
     python_only,
     silent,
@@ -118,11 +118,18 @@ def capture(
     batch = trace_batch(model, atoms)
     example = trace_rows(inputs, atoms, batch)
     _pure(model, inputs, example, statics)
-    chosen, notes = outermost(leaves), list[str]()
-    for attempt in range(32):
+    asked = outermost(leaves)
+    chosen, notes, unfit = list[Leaf](asked), dict[Leaf, str](), set[Leaf]()
+    for attempt in range(48):
         copied = twin(model)
         try:
             captured = _export(copied, inputs, example, statics, chosen, batch)
+        except Unfit as e:
+            if e.leaf not in notes:
+                raise
+            unfit.add(e.leaf)
+            chosen.remove(e.leaf)
+            del notes[e.leaf]
         except CaptureError:
             raise
         except Exception as e:  # whatever user code raises while it is traced
@@ -130,15 +137,24 @@ def capture(
                 interpreted = _interpreted(model, inputs, example, statics, batch)
                 if interpreted is not None:
                     return interpreted
-            path = innermost(copied, e)
-            if not path or path in chosen:
+            leaf = next((p for p in failed_in(copied, e) if p not in unfit and p not in chosen), None)
+            if leaf is None:
                 raise CaptureError(f"the model cannot be traced: {brief(e)}") from e
-            chosen = [p for p in chosen if not p.startswith(f"{path}.")] + [path]
-            notes.append(f"module {path!r} is kept as an opaque leaf: {brief(e)}")
-            continue
-        captured.notes = notes
-        return captured
-    raise CaptureError("the model needs more than 32 leaf modules; name its untraceable modules with leaves=[...]")
+            chosen = [p for p in chosen if not _under(p, leaf)] + [leaf]
+            notes[leaf] = f"{named(leaf)} is kept as an opaque leaf: {brief(e)}"
+        else:
+            captured.notes = [text for leaf, text in notes.items() if _used(leaf, captured.sites)]
+            return captured
+    raise CaptureError("the model needs more than 48 leaf modules; name its untraceable modules with leaves=[...]")
+
+
+def _under(leaf: Leaf, other: Leaf) -> bool:
+    """Whether a module lies within another."""
+    return isinstance(leaf, str) and isinstance(other, str) and leaf.startswith(f"{other}.")
+
+
+def _used(leaf: Leaf, sites: list[LeafSite]) -> bool:
+    return any(leaf == site.leaf() for site in sites)
 
 
 def _pure(model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any]) -> None:
@@ -175,11 +191,11 @@ def _export(
     inputs: Inputs,
     example: list[Tensor],
     statics: Sequence[Any],
-    leaves: list[str],
+    leaves: Sequence[Leaf],
     batch: int,
     strict: bool = False,
 ) -> Captured:
-    sites: list[LeafSite] = []
+    sites, paths = list[LeafSite](), [p for p in leaves if isinstance(p, str)]
     with watched() as run:
         _observe(twin(model), inputs, example, statics, leaves, sites, batch)
     if strict and (sites or run.raised):
@@ -192,7 +208,7 @@ def _export(
         if strict:  # nothing may be patched then; what a trace would lose shows when the model is run
             out_values, out_tree = rehearsed(model, inputs, example, statics, batch)
         else:
-            for patch in (no_lost_calls(), opaque(model, leaves, sites), looked_up(model, leaves, sites)):
+            for patch in (no_lost_calls(), opaque(model, leaves, sites), looked_up(model, paths, sites)):
                 around.enter_context(patch)
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())
@@ -216,7 +232,7 @@ def _export(
         symbols,
         accepts,
         sites,
-        tuple(leaves),
+        tuple(paths),
     )
 
 
@@ -225,19 +241,22 @@ def _observe(
     inputs: Inputs,
     example: list[Tensor],
     statics: Sequence[Any],
-    leaves: list[str],
+    leaves: Sequence[Leaf],
     sites: list[LeafSite],
     batch: int,
 ) -> None:
-    second = batch + 2
+    second, fresh = batch + 2, twin(model)
     with torch.no_grad(), random_kept(), frozen_buffers(model):
         for size, again in ((batch, False), (second, True)):
-            rows = inputs.select(example, torch.arange(size) % batch, _BOTH)
+            order = torch.arange(size) % batch
+            rows = inputs.select(example, order.flip(0) if again else order, _BOTH)
             args, kwargs = inputs.unflatten(rows, Provenance.IMPRESSION, statics)
             with observed(model, leaves, sites, again):
                 model(*args, **kwargs)
-    for site in sites:
-        site.batches = (batch, second)
+        for site in sites:
+            site.batches = (batch, second)
+            if site.called:
+                confirm(site, (fresh, model))
 
 
 def _unlifted(program: torch.export.ExportedProgram) -> tuple[torch.fx.Graph, dict[str, Tensor]]:

@@ -1,8 +1,8 @@
 """Opaque leaves: what cannot or should not be traced is called as it is.
 
-A leaf is a submodule, or an `autograd.Function` with a backward of its own. While tracing, its call is one
-custom op, `roo::leaf(tensors, site)`; its output shapes come from running the real thing at two batch
-sizes. In the emitted model the site calls the real submodule, found by its path, so that it may be
+A leaf is a submodule, an `autograd.Function` with a backward of its own, or a function (see `methods`). While
+tracing, its call is one custom op, `roo::leaf(tensors, site)`; its output shapes come from running the real thing
+at two batch sizes. In the emitted model the site calls the real submodule, found by its path, so that it may be
 replaced (sharded, say) later. Whether a leaf is row-wise is shown in `probing`.
 """
 
@@ -10,33 +10,40 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import types
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from roo_rewrite.errors import CaptureError
-from roo_rewrite.functions import functions_intercepted
+from roo_rewrite.errors import CaptureError, InputError
+from roo_rewrite.functions import calls_intercepted, functions_intercepted
+from roo_rewrite.methods import Leaf, Start, Submodule, Unfit, check_values, marked, witnessed
 
 _SITES: list[LeafSite] = []
+_SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 # Module prefixes of Functions that belong to the tracer itself.
 _TRACER = ("torch._", "torch.fx", "torch.export", "torch.autograd")
+
+
+Function = type[torch.autograd.Function] | types.FunctionType | None
 
 
 @dataclass
 class LeafSite:
     """One call of a leaf in the traced forward: of the submodule at `path`, or of `function`.
 
-    shapes: of every output tensor, at the two batch sizes of `batches`.
+    shapes: of every output tensor, at the two batch sizes of `batches`; given: of every input tensor.
     """
 
     path: str
-    function: type[torch.autograd.Function] | None = None
+    function: Function = None
     batches: tuple[int, int] = (0, 0)
     shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+    given: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     dtypes: list[torch.dtype] = field(default_factory=list)
     in_tree: pytree.TreeSpec | None = None
     in_values: list[Any] = field(default_factory=list)
@@ -51,16 +58,34 @@ class LeafSite:
     @property
     def label(self) -> str:
         """What to call it in messages."""
-        return f"leaf {self.path!r}" if self.function is None else f"autograd.Function {self.function.__qualname__}"
+        if self.function is None:
+            return f"leaf {self.path!r}"
+        return f"{'function' if self.called else 'autograd.Function'} {self.function.__qualname__}"
+
+    @property
+    def called(self) -> bool:
+        """Whether it is a plain function."""
+        return isinstance(self.function, types.FunctionType)
+
+    def leaf(self) -> Leaf:
+        """What was chosen to be a leaf."""
+        return cast(Leaf, self.function) if self.called else self.path
 
     def call(self, root: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Runs the real leaf of `root` on these tensors and returns its output tensors."""
         assert self.in_tree is not None
         stock = iter(tensors)
         values = [next(stock) if isinstance(v, Tensor) else v for v in self.in_values]
+        values = [root.get_submodule(v.path) if isinstance(v, Submodule) else v for v in values]
         args, kwargs = pytree.tree_unflatten(values, self.in_tree)
-        target: Callable[..., Any] = root.get_submodule(self.path) if self.function is None else self.function.apply
-        return tensors_of(target(*args, **kwargs))
+        target: Any = root.get_submodule(self.path) if self.function is None else self.function
+        return tensors_of((target if self.called or not self.function else target.apply)(*args, **kwargs))
+
+    def check(self, outputs: Sequence[Tensor]) -> None:
+        """Raises InputError where a function gives other sizes than those its trace was built on."""
+        for out, (first, second) in zip(outputs, self.shapes, strict=True):
+            if out.ndim != len(first) or any(a == b != s for s, a, b in zip(out.shape, first, second)):
+                raise InputError(f"{self.label} gives {list(out.shape)}, not {list(first)} as for the example")
 
     def fake(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of the right shapes for traced inputs."""
@@ -105,11 +130,11 @@ def _leaf_shapes(tensors: list[Tensor], site: int) -> list[Tensor]:
     return _SITES[site].fake(tensors)
 
 
-Handle = Callable[[str, "type[torch.autograd.Function] | None", Callable[..., Any], Any, Any], Any]
+Handle = Callable[[str, Function, Callable[..., Any], Any, Any], Any]
 
 
 @contextlib.contextmanager
-def intercepted(model: nn.Module, paths: Sequence[str], handle: Handle) -> Iterator[None]:
+def intercepted(model: nn.Module, leaves: Sequence[Leaf], handle: Handle) -> Iterator[None]:
     """While active, calls of the leaves go to `handle(path, function, real, args, kwargs)`.
 
     A leaf's call is all of it, hooks included. Within a leaf nothing is intercepted.
@@ -133,13 +158,17 @@ def intercepted(model: nn.Module, paths: Sequence[str], handle: Handle) -> Itera
             return real(cls, *args, **kwargs)
         return guarded("", cls, functools.partial(real, cls), args, kwargs)
 
-    modules = {p: model.get_submodule(p) for p in paths}
+    def plain(function: types.FunctionType, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        return guarded("", function, real, args, kwargs)
+
+    modules = {p: model.get_submodule(p) for p in leaves if isinstance(p, str)}
     try:
         for path, module in modules.items():
             module.__dict__["_compiled_call_impl"] = lambda *a, _p=path, _m=module, **k: guarded(
                 _p, None, _m._call_impl, a, k
             )
-        with functions_intercepted(apply):
+        own = [f for f in leaves if isinstance(f, types.FunctionType)]
+        with functions_intercepted(apply), calls_intercepted(own, plain):
             yield
     finally:
         for module in modules.values():
@@ -147,21 +176,26 @@ def intercepted(model: nn.Module, paths: Sequence[str], handle: Handle) -> Itera
 
 
 @contextlib.contextmanager
-def observed(model: nn.Module, paths: Sequence[str], sites: list[LeafSite], second: bool) -> Iterator[None]:
+def observed(model: nn.Module, leaves: Sequence[Leaf], sites: list[LeafSite], second: bool) -> Iterator[None]:
     """While active, real calls of the leaves are noted in `sites`, in calling order."""
-    count = iter(range(10**9))
+    count, start = iter(range(10**9)), list[Start]()
 
     def note(path: str, function: Any, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         values, tree = pytree.tree_flatten((args, kwargs))
         given = [v for v in values if isinstance(v, Tensor)]
         copies, versions = [v.detach().clone() for v in given], [v._version for v in given]
-        out = real(*args, **kwargs)
+        site = LeafSite(path, function, in_tree=tree, in_values=marked(values, model))
+        with witnessed(function, start[0]) if site.called else contextlib.nullcontext():
+            out = real(*args, **kwargs)
         if [v._version for v in given] != versions:
-            raise CaptureError(f"{path or function.__qualname__!r} writes into its inputs")
-        _note(sites, next(count), LeafSite(path, function, in_tree=tree, in_values=values), copies, out, second)
+            raise Unfit(site.leaf(), f"{site.label} writes into its inputs")
+        if site.called:
+            check_values(function, values, pytree.tree_leaves(out), model)
+        _note(sites, next(count), site, copies, out, second)
         return out
 
-    with intercepted(model, paths, note):
+    with intercepted(model, leaves, note):
+        start.append(Start(model))
         yield
 
 
@@ -170,29 +204,36 @@ def _note(sites: list[LeafSite], at: int, site: LeafSite, given: list[Tensor], o
     if not second:
         site.out_values, site.out_tree = pytree.tree_flatten(out)
         site.shapes = [(tuple(t.shape), tuple(t.shape)) for t in outputs]
+        site.given = [(tuple(t.shape), tuple(t.shape)) for t in given]
         site.dtypes = [t.dtype for t in outputs]
         site.observed = [given, [t.detach().clone() for t in outputs]]
         sites.append(site)
         return
     known = sites[at] if at < len(sites) else None
-    if known is None or (known.path, known.function) != (site.path, site.function) or not _alike(known, site, outputs):
-        raise CaptureError(f"{site.label} is called differently at different batch sizes")
+    if known is None or (known.path, known.function) != (site.path, site.function) or not _alike(known, site, out):
+        raise Unfit(site.leaf(), f"{site.label} is called differently at different batch sizes")
     known.shapes = [(a, tuple(t.shape)) for (a, _), t in zip(known.shapes, outputs)]
+    known.given = [(a, tuple(t.shape)) for (a, _), t in zip(known.given, given)]
 
 
-def _alike(known: LeafSite, site: LeafSite, outputs: list[Tensor]) -> bool:
+def _alike(known: LeafSite, site: LeafSite, out: Any) -> bool:
     """Whether two calls differ in their tensors only."""
-    if len(known.shapes) != len(outputs) or known.in_tree != site.in_tree:
+    made, tree = pytree.tree_flatten(out)
+    if (known.out_tree, known.in_tree) != (tree, site.in_tree):
         return False
-    pairs = zip(known.in_values, site.in_values)
+    return _same_values(known.in_values, site.in_values) and _same_values(known.out_values, made)
+
+
+def _same_values(one: Sequence[Any], two: Sequence[Any]) -> bool:
+    """Whether two lists of arguments differ in their tensors only."""
     return all(
         isinstance(a, Tensor) == isinstance(b, Tensor) and (isinstance(a, Tensor) or a is b or bool(a == b))
-        for a, b in pairs
+        for a, b in zip(one, two, strict=True)
     )
 
 
 @contextlib.contextmanager
-def opaque(model: nn.Module, paths: Sequence[str], sites: list[LeafSite]) -> Iterator[None]:
+def opaque(model: nn.Module, leaves: Sequence[Leaf], sites: list[LeafSite]) -> Iterator[None]:
     """While active, each leaf's call is the op `roo::leaf`; the k-th call stands for `sites[k]`."""
     _SITES[:] = sites
     count = iter(range(len(sites)))
@@ -201,17 +242,19 @@ def opaque(model: nn.Module, paths: Sequence[str], sites: list[LeafSite]) -> Ite
         at = next(count, None)
         if at is None or (sites[at].path, sites[at].function) != (path, function):
             raise CaptureError("a leaf is called otherwise while tracing than when run")
-        tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
-        site = sites[at]
-        if len(tensors) != sum(isinstance(v, Tensor) for v in site.in_values):
+        given, tree = pytree.tree_flatten((args, kwargs))
+        tensors, site = [v for v in given if isinstance(v, Tensor)], sites[at]
+        if len(tensors) != sum(isinstance(v, Tensor) for v in site.in_values) or tree != site.in_tree:
             raise RuntimeError(f"{site.label} takes what the trace keeps in another form, a packed sequence say")
+        if any(isinstance(v, _SYMBOLS) for v in given) or not _same_values(site.in_values, marked(given, model)):
+            raise Unfit(site.leaf(), f"{site.label} takes a number that depends on the batch")
         outputs = iter(torch.ops.roo.leaf(tensors, at))
         assert site.out_tree is not None
         values = [next(outputs) if isinstance(v, Tensor) else v for v in site.out_values]
         return pytree.tree_unflatten(values, site.out_tree)
 
     try:
-        with intercepted(model, paths, stand_in):
+        with intercepted(model, leaves, stand_in):
             yield
     finally:
         _SITES.clear()

@@ -33,7 +33,7 @@ _PAST_A_CACHE = frozenset({("einops.einops", "_apply_recipe")})
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 
 
-def _foreign(file: str) -> bool:
+def foreign(file: str) -> bool:
     """Whether a file is torch's, Python's or ours, so not the model's."""
     installed = "site-packages" in file or "dist-packages" in file
     return file.startswith((*_OWN, "<frozen")) or (file.startswith(_STDLIB) and not installed)
@@ -54,7 +54,7 @@ class Watched:
     def calls(self, frame: FrameType, event: str, arg: Any) -> Any:
         """Of every new frame; follows those of the model's own code."""
         code = frame.f_code
-        if _foreign(code.co_filename):
+        if foreign(code.co_filename):
             self.catches |= code.co_qualname == "suppress.__exit__"
             return None
         if self.among is not None and code not in self.among:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
@@ -29,20 +28,6 @@ def brief(e: BaseException) -> str:
 def python_only(error: BaseException) -> bool:
     """Whether the trace met what only an interpreter of the model's bytecode follows: a size made an int, NumPy."""
     return any(said in str(error) for said in ("Constraints violated", "numpy"))
-
-
-def innermost(model: nn.Module, error: BaseException) -> str | None:
-    """Path of the innermost submodule whose forward the error passed through."""
-    paths = {id(m): p for p, m in model.named_modules()}
-    found: str | None = None
-    trace = error.__traceback__
-    while trace is not None:
-        path = paths.get(id(trace.tb_frame.f_locals.get("self")))
-        found = path if path is not None else found
-        trace = trace.tb_next
-    if found is not None and isinstance(model.get_submodule(found), (nn.ModuleList, nn.ModuleDict)):
-        return None
-    return found
 
 
 class _LostCallError(RuntimeError):
