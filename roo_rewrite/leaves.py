@@ -76,7 +76,7 @@ class LeafSite:
         assert self.in_tree is not None
         stock = iter(tensors)
         values = [next(stock) if isinstance(v, Tensor) else v for v in self.in_values]
-        values = [root.get_submodule(v.path) if isinstance(v, Submodule) else v for v in values]
+        values = [v.of(root) if isinstance(v, Submodule) else v for v in values]
         args, kwargs = pytree.tree_unflatten(values, self.in_tree)
         target: Any = root.get_submodule(self.path) if self.function is None else self.function
         return tensors_of((target if self.called or not self.function else target.apply)(*args, **kwargs))

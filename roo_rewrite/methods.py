@@ -54,6 +54,12 @@ class Submodule:
 
     path: str
 
+    def of(self, root: nn.Module) -> nn.Module:
+        """The submodule of `root`, or of the original that `root` was rewritten from."""
+        original = vars(root).get("_original", root)
+        assert isinstance(original, nn.Module)
+        return original.get_submodule(self.path)
+
 
 def named(leaf: Leaf) -> str:
     """What to call a leaf in messages."""
@@ -173,14 +179,16 @@ def confirm(site: LeafSite, copies: Sequence[nn.Module]) -> None:
             raise Unfit(function, f"{named(function)} knows more than its arguments")
     for rows in (torch.tensor(r) for r in _FEW):
         few = [t.index_select(d, rows) if d >= 0 else t.clone() for t, d in zip(tensors, dims)]
-        with contextlib.suppress(Exception):  # rows that the original refuses say nothing
+        try:
             made = [list(t.shape) for t in site.call(copies[0], few)]
-            want = [list(t.index_select(d, rows).shape if d >= 0 else t.shape) for t, d in zip(outputs, places)]
-            if made != want:
-                raise Unfit(function, f"{named(function)} gives {made} for {len(rows)} rows, not {want}")
+        except Exception:  # rows that the original refuses say nothing
+            continue
+        want = [list(t.index_select(d, rows).shape if d >= 0 else t.shape) for t, d in zip(outputs, places)]
+        if made != want:
+            raise Unfit(function, f"{named(function)} gives {made} for {len(rows)} rows, not {want}")
 
 
-_FEW = ([0, 0], [1, 1], [2, 0, 1], [3, 3, 4])
+_FEW = (*([row, row] for row in range(8)), [2, 0, 1])
 
 
 def _rows(function: types.FunctionType, shapes: tuple[Sequence[int], Sequence[int]], batches: Sequence[int]) -> int:
