@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from roo_rewrite.errors import CaptureError, InputError
 from roo_rewrite.functions import calls_intercepted, functions_intercepted
 from roo_rewrite.methods import Leaf, Start, Submodule, Unfit, check_values, marked, witnessed
+from roo_rewrite.packed import Steps, lengths_of, loosened, tightened
 
 _SITES: list[LeafSite] = []
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -62,6 +63,19 @@ class LeafSite:
             return f"leaf {self.path!r}"
         return f"{'function' if self.called else 'autograd.Function'} {self.function.__qualname__}"
 
+    def _steps(self) -> set[int]:
+        """Which of the output tensors are the steps of packed sequences."""
+        assert self.out_tree is not None
+        tree = pytree.tree_unflatten(list(range(self.out_tree.num_leaves)), self.out_tree)
+        tensors = [i for i, v in enumerate(self.out_values) if isinstance(v, Tensor)]
+        found = pytree.tree_leaves(tree, is_leaf=lambda v: isinstance(v, Steps))
+        return {tensors.index(cast(int, v.steps)) for v in found if isinstance(v, Steps)}
+
+    @property
+    def checked(self) -> bool:
+        """Whether what it gives is held against the sizes of its trace: a function, or one of packed sequences."""
+        return self.called or bool(lengths_of(pytree.tree_unflatten(self.in_values, cast(Any, self.in_tree))))
+
     @property
     def called(self) -> bool:
         """Whether it is a plain function."""
@@ -77,14 +91,20 @@ class LeafSite:
         stock = iter(tensors)
         values = [next(stock) if isinstance(v, Tensor) else v for v in self.in_values]
         values = [v.of(root) if isinstance(v, Submodule) else v for v in values]
-        args, kwargs = pytree.tree_unflatten(values, self.in_tree)
+        args, kwargs = given = pytree.tree_unflatten(values, self.in_tree)
+        total = next(iter(lengths_of(given)), None)
+        if total is not None:
+            args, kwargs = tightened(given)
         target: Any = root.get_submodule(self.path) if self.function is None else self.function
-        return tensors_of((target if self.called or not self.function else target.apply)(*args, **kwargs))
+        out = (target if self.called or not self.function else target.apply)(*args, **kwargs)
+        return tensors_of(out if total is None else loosened(out, total))
 
     def check(self, outputs: Sequence[Tensor]) -> None:
         """Raises InputError where a function gives other sizes than those its trace was built on."""
-        for out, (first, second) in zip(outputs, self.shapes, strict=True):
-            if out.ndim != len(first) or any(a == b != s for s, a, b in zip(out.shape, first, second)):
+        steps = self._steps()
+        for at, (out, (first, second)) in enumerate(zip(outputs, self.shapes, strict=True)):
+            other = [d for d, (a, b) in enumerate(zip(first, second)) if a == b and (d != 1 or at not in steps)]
+            if out.ndim != len(first) or any(out.shape[d] != first[d] for d in other):
                 raise InputError(f"{self.label} gives {list(out.shape)}, not {list(first)} as for the example")
 
     def fake(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -93,11 +113,17 @@ class LeafSite:
         batch: Any = next(
             (s for t in tensors for s in t.shape if isinstance(s, torch.SymInt) and s.node.hint == one), None
         )
+        assert self.in_tree is not None
+        stock, steps = iter(tensors), self._steps()
+        values = [next(stock) if isinstance(v, Tensor) else v for v in self.in_values]
+        total = next(iter(lengths_of(pytree.tree_unflatten(values, self.in_tree))), None)
         outputs = []
-        for (first, second), dtype in zip(self.shapes, self.dtypes):
+        for at, ((first, second), dtype) in enumerate(zip(self.shapes, self.dtypes)):
             shape: list[Any] = []
-            for a, b in zip(first, second):
-                if a == b:
+            for dim, (a, b) in enumerate(zip(first, second)):
+                if at in steps and dim == 1:
+                    shape.append(total)
+                elif a == b:
                     shape.append(a)
                 elif batch is not None and a % one == 0 and b == (a // one) * two:
                     shape.append(batch * (a // one))
@@ -181,18 +207,21 @@ def observed(model: nn.Module, leaves: Sequence[Leaf], sites: list[LeafSite], se
     count, start = iter(range(10**9)), list[Start]()
 
     def note(path: str, function: Any, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        values, tree = pytree.tree_flatten((args, kwargs))
-        given = [v for v in values if isinstance(v, Tensor)]
-        copies, versions = [v.detach().clone() for v in given], [v._version for v in given]
+        held = tensors_of((args, kwargs))
+        versions = [t._version for t in held]
+        loose = loosened((args, kwargs))
+        values, tree = pytree.tree_flatten(loose)
+        copies = [v.detach().clone() for v in values if isinstance(v, Tensor)]
         site = LeafSite(path, function, in_tree=tree, in_values=marked(values, model))
         with witnessed(function, start[0]) if site.called else contextlib.nullcontext():
-            out = real(*args, **kwargs)
-        if [v._version for v in given] != versions:
+            made = real(*args, **kwargs)
+        if [t._version for t in held] != versions:
             raise Unfit(site.leaf(), f"{site.label} writes into its inputs")
         if site.called:
-            check_values(function, values, pytree.tree_leaves(out), model)
+            check_values(function, values, pytree.tree_leaves(made), model)
+        out = loosened(made, next(iter(lengths_of(loose)), None))
         _note(sites, next(count), site, copies, out, second)
-        return out
+        return made
 
     with intercepted(model, leaves, note):
         start.append(Start(model))
@@ -242,7 +271,7 @@ def opaque(model: nn.Module, leaves: Sequence[Leaf], sites: list[LeafSite]) -> I
         at = next(count, None)
         if at is None or (sites[at].path, sites[at].function) != (path, function):
             raise CaptureError("a leaf is called otherwise while tracing than when run")
-        given, tree = pytree.tree_flatten((args, kwargs))
+        given, tree = pytree.tree_flatten(loosened((args, kwargs)))
         tensors, site = [v for v in given if isinstance(v, Tensor)], sites[at]
         if len(tensors) != sum(isinstance(v, Tensor) for v in site.in_values) or tree != site.in_tree:
             raise RuntimeError(f"{site.label} takes what the trace keeps in another form, a packed sequence say")
@@ -251,7 +280,7 @@ def opaque(model: nn.Module, leaves: Sequence[Leaf], sites: list[LeafSite]) -> I
         outputs = iter(torch.ops.roo.leaf(tensors, at))
         assert site.out_tree is not None
         values = [next(outputs) if isinstance(v, Tensor) else v for v in site.out_values]
-        return pytree.tree_unflatten(values, site.out_tree)
+        return tightened(pytree.tree_unflatten(values, site.out_tree))
 
     try:
         with intercepted(model, leaves, stand_in):

@@ -14,7 +14,8 @@ trace can follow. Padded, every row is by itself. What comes out is the same:
 
 A row of length 0, or one that is too long, raises, as when packed. What is not said here (other fields of a
 packed sequence, sorted batches, the cell state, dropout between layers, projections) raises while tracing, and
-the module it happens in becomes a leaf.
+the module it happens in becomes a leaf. A leaf takes and gives packed sequences as `Steps`: they are packed for its
+call and padded after it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import rnn
+from torch.utils import _pytree as pytree
 
 
 class _Unknown:
@@ -47,6 +49,41 @@ class Padded(rnn.PackedSequence):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         raise _untold("to(...) of a packed sequence")
+
+
+class Steps(NamedTuple):
+    """A packed sequence as a leaf takes and gives it: `steps [B, T, ...]`, `lengths [B]`."""
+
+    steps: Tensor
+    lengths: Tensor
+
+
+def loosened(tree: Any, total: int | None = None) -> Any:
+    """A pytree with `Steps` for its packed sequences, of a run or of a trace. total: their T, else the longest."""
+
+    def loose(value: Any) -> Any:
+        if isinstance(value, Padded):
+            return Steps(value.steps, value.lengths.to("cpu", torch.long))
+        if not isinstance(value, rnn.PackedSequence):
+            return value
+        return Steps(*rnn.pad_packed_sequence(value, True, total_length=total))
+
+    return pytree.tree_map(loose, tree, is_leaf=lambda v: isinstance(v, rnn.PackedSequence))
+
+
+def tightened(tree: Any) -> Any:
+    """A pytree with packed sequences for its `Steps`; while tracing, padded ones."""
+    return pytree.tree_map(
+        lambda v: rnn.pack_padded_sequence(v.steps, v.lengths, True, False) if isinstance(v, Steps) else v,
+        tree,
+        is_leaf=lambda v: isinstance(v, Steps),
+    )
+
+
+def lengths_of(tree: Any) -> list[int]:
+    """T of each of the `Steps` in a pytree."""
+    found = pytree.tree_leaves(tree, is_leaf=lambda v: isinstance(v, Steps))
+    return [v.steps.shape[1] for v in found if isinstance(v, Steps)]
 
 
 def _untold(what: str) -> RuntimeError:

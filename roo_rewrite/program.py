@@ -29,7 +29,7 @@ class LeafCall(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         root, site = self.__dict__["_target"]
         made: list[Tensor] = site.call(root, tensors)
-        if site.called:
+        if site.checked:
             site.check(made)
         return made
 

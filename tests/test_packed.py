@@ -153,20 +153,20 @@ def test_a_model_that_packs_in_its_own_forward_is_hoisted(kind: Any, total: int 
 class Reader(nn.Module):
     """Goes through the data of a packed sequence itself; returns a tensor, or a packed sequence again."""
 
-    def __init__(self, again: bool) -> None:
+    def __init__(self, again: bool, across: bool) -> None:
         super().__init__()
-        self.cell, self.again = nn.Linear(D, D), again
+        self.cell, self.again, self.across = nn.Linear(D, D), again, across
 
     def forward(self, sequence: PackedSequence) -> Any:
         data = torch.cat([self.cell(sequence.data[i : i + 1]) for i in range(len(sequence.data))])
-        made = PackedSequence(data, *sequence[1:])
+        made = PackedSequence(data - data.mean(0) if self.across else data, *sequence[1:])
         return made if self.again else pad_packed_sequence(made, batch_first=True, total_length=T)[0]
 
 
 class WithReader(nn.Module):
-    def __init__(self, again: bool) -> None:
+    def __init__(self, again: bool, across: bool) -> None:
         super().__init__()
-        self.reader = Reader(again)
+        self.reader = Reader(again, across)
 
     def forward(self, u: Tensor, length: Tensor, x: Tensor) -> Tensor:
         found = self.reader(packed(u, length.cpu()))
@@ -174,10 +174,33 @@ class WithReader(nn.Module):
         return (read.sum(1) * x).sum(1)
 
 
+@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("again", [False, True])
-def test_who_reads_packed_data_gets_it_packed(again: bool) -> None:
-    model = WithReader(again)
+def test_who_reads_packed_data_gets_it_packed(again: bool, across: bool) -> None:
+    model = WithReader(again, across)
     example = (torch.randn(4, T, D), torch.randint(1, T + 1, (4,)), torch.randn(4, D))
-    rewritten = roo.rewrite(model, example, spec=roo.FeatureSpec(["u", "length"], ["x"]), check=True)
+    rewritten = roo.rewrite(model, example, spec=roo.FeatureSpec(["u", "length"], ["x"]), fanout=10, check=True)
+    roo.verify(model, rewritten, batches=4)
+    program = rewritten._whole_program()
+    assert program.captured is not None
+    assert program.captured.leaves == ("reader",)
+    hoisted = any(n.target is torch.ops.roo.leaf.default for n in program.plan.request)
+    assert hoisted is not across
+
+
+class Longer(nn.Module):
+    """A leaf of packed steps that gives something as long as the longest row of the batch, beside them."""
+
+    def forward(self, sequence: PackedSequence) -> tuple[Tensor, PackedSequence]:
+        assert float(sequence.data.detach().abs().max()) < 1e9
+        return pad_packed_sequence(sequence, batch_first=True)[0] + 1, sequence
+
+
+def test_a_leaf_as_long_as_the_longest_row_is_not_used() -> None:
+    model = WithReader(False, False)
+    model.reader = Longer()  # type: ignore[assignment]
+    model.forward = lambda u, n, x: (model.reader(packed(u, n))[0].sum(1) * x).sum(1)  # type: ignore[method-assign]
+    example = (torch.randn(4, T, D), torch.tensor([1, 2, T, 3]), torch.randn(4, D))
+    rewritten = roo.rewrite(model, example, spec=roo.FeatureSpec(["u", "n"], ["x"]))
     roo.verify(model, rewritten, batches=4)
     assert rewritten._whole_program().emitted is None
