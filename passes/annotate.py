@@ -28,6 +28,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 import roo_rewrite.rules  # noqa: F401 - registers the rules
+from passes.first_draw import first_draw, of_no_row
 from passes.functionalize import EFFECT
 from roo_rewrite.capture import Captured
 from roo_rewrite.errors import NotRowWise
@@ -84,6 +85,7 @@ def annotate(captured: Captured, inputs: Inputs, model: nn.Module, policy: Polic
     """Annotates every node of the captured graph, in order."""
     atoms = iter(inputs.atoms)
     captured.steady = {}
+    drawn = first_draw(captured.graph)
     for node in captured.graph.nodes:
         if node.op == "placeholder":
             node.meta[META] = _input(next(atoms))
@@ -91,6 +93,8 @@ def annotate(captured: Captured, inputs: Inputs, model: nn.Module, policy: Polic
             node.meta[META] = Annotation(Provenance.CONSTANT, Replicated())
         elif node.op == "call_function":
             node.meta[META] = _call(captured, node, model, policy)
+        if drawn is not None and node is drawn and of_no_row(drawn):
+            node.meta[META] = Annotation(Provenance.REQUEST, Replicated())
         if EFFECT in node.meta and node.op != "output":
             node.meta[META] = _cross_row(node.meta[EFFECT])
 

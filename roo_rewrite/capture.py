@@ -39,6 +39,8 @@ from roo_rewrite.tracing import (
     no_lost_calls,
     python_only,
     silent,
+    size_fixed,
+    sizes_kept,
     symbolic_len,
     without_vmap,
 )
@@ -120,10 +122,12 @@ def capture(
     _pure(model, inputs, example, statics)
     asked = outermost(leaves)
     chosen, notes, unfit = list[Leaf](asked), dict[Leaf, str](), set[Leaf]()
+    seeking = False
     for attempt in range(48):
         copied = twin(model)
         try:
-            captured = _export(copied, inputs, example, statics, chosen, batch)
+            with sizes_kept() if seeking else contextlib.nullcontext():
+                captured = _export(copied, inputs, example, statics, chosen, batch)
         except Unfit as e:
             if e.leaf not in notes:
                 raise
@@ -137,6 +141,9 @@ def capture(
                 interpreted = _interpreted(model, inputs, example, statics, batch)
                 if interpreted is not None:
                     return interpreted
+            if size_fixed(e) and not seeking:
+                seeking = True
+                continue
             leaf = next((p for p in failed_in(copied, e) if p not in unfit and p not in chosen), None)
             if leaf is None:
                 raise CaptureError(f"the model cannot be traced: {brief(e)}") from e

@@ -25,9 +25,14 @@ def brief(e: BaseException) -> str:
     return f"{type(e).__name__}: {text[:200]}"
 
 
+def size_fixed(error: BaseException) -> bool:
+    """Whether the trace holds for one batch size only."""
+    return "Constraints violated" in str(error)
+
+
 def python_only(error: BaseException) -> bool:
     """Whether the trace met what only an interpreter of the model's bytecode follows: a size made an int, NumPy."""
-    return any(said in str(error) for said in ("Constraints violated", "numpy"))
+    return size_fixed(error) or "numpy" in str(error)
 
 
 class _LostCallError(RuntimeError):
@@ -87,6 +92,30 @@ def symbolic_len() -> Iterator[None]:
         yield
     finally:
         builtins.len = original
+
+
+class _SizeFixedError(RuntimeError):
+    """A size was made a plain number."""
+
+
+@contextlib.contextmanager
+def sizes_kept() -> Iterator[None]:
+    """While active, making a size of the batch a plain number raises, and so shows where."""
+    saved = {name: getattr(torch.SymInt, name) for name in ("__int__", "__index__")}
+
+    def asked(self: torch.SymInt) -> int:
+        known = self.node.maybe_as_int()
+        if known is None:
+            raise _SizeFixedError(f"the size {self} is made a plain number")
+        return int(known)
+
+    for name in saved:
+        setattr(torch.SymInt, name, asked)
+    try:
+        yield
+    finally:
+        for name, original in saved.items():
+            setattr(torch.SymInt, name, original)
 
 
 def without_vmap(program: ExportedProgram) -> ExportedProgram:

@@ -230,6 +230,28 @@ class Draws(Plain):
         return self.mix(self.noisy(self.user(u)), x)
 
 
+class MakesTheSizeANumber(Plain):
+    """A list as long as the batch: the trace would hold for one size, and says so at its end only."""
+
+    hoists = True
+
+    def at_step(self, h: Tensor) -> Tensor:
+        step = torch.tensor([2] * h.shape[0])
+        return h / step.unsqueeze(1)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.mix(self.at_step(self.user(u)), x)
+
+
+class DividesByTheSize(MakesTheSizeANumber):
+    """The same, and the numbers of a row depend on it: per impression."""
+
+    hoists = True
+
+    def at_step(self, h: Tensor) -> Tensor:
+        return h / torch.tensor([h.shape[0]] * h.shape[0]).unsqueeze(1)
+
+
 def test_a_function_that_cannot_be_traced_is_sound(hazard: type, sound: Callable[[type], None]) -> None:
     sound(hazard)
 

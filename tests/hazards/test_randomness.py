@@ -97,6 +97,42 @@ class NoisePerFeature(Plain):
         return self.mix(self.user(u) * second, x + first * third)
 
 
+class SampleOfATable(Plain):
+    """A sample for every id, whoever asks: with its first draw the user's part moves, drawn once a call."""
+
+    hoists = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 4))
+
+    def sampled(self) -> Tensor:
+        return F.gumbel_softmax(self.table, 0.5)
+
+    def forward(self, u_id: Tensor, x: Tensor) -> Tensor:
+        return self.mix(self.user(self.sampled()[u_id]), F.dropout(x, 0.5, self.training))
+
+
+class SampleAfterDropout(SampleOfATable):
+    """A sample of no row behind a draw of every impression: both stay in order."""
+
+    hoists = True
+
+    def forward(self, u_id: Tensor, x: Tensor) -> Tensor:
+        noisy = F.dropout(x, 0.5)
+        return self.mix(self.user(self.table[u_id]) * self.sampled().sum(0), noisy)
+
+
+class TwoSamples(SampleOfATable):
+    """The second sample may not overtake the first, which stays where the item asks for it."""
+
+    hoists = True
+
+    def forward(self, u_id: Tensor, x_id: Tensor) -> Tensor:  # type: ignore[override]
+        item = self.sampled()[x_id]
+        return self.mix(self.user(self.sampled()[u_id]), item + torch.rand_like(item))
+
+
 class UnusedNoise(Plain):
     """A draw nobody reads moves the generator on."""
 
