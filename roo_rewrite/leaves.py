@@ -38,10 +38,12 @@ class LeafSite:
     """One call of a leaf in the traced forward: of the submodule at `path`, or of `function`.
 
     shapes: of every output tensor, at the two batch sizes of `batches`; given: of every input tensor.
+    packed: whether it takes packed sequences.
     """
 
     path: str
     function: Function = None
+    packed: bool = False
     batches: tuple[int, int] = (0, 0)
     shapes: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
     given: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
@@ -74,7 +76,7 @@ class LeafSite:
     @property
     def checked(self) -> bool:
         """Whether what it gives is held against the sizes of its trace: a function, or one of packed sequences."""
-        return self.called or bool(lengths_of(pytree.tree_unflatten(self.in_values, cast(Any, self.in_tree))))
+        return self.called or self.packed
 
     @property
     def called(self) -> bool:
@@ -92,12 +94,11 @@ class LeafSite:
         values = [next(stock) if isinstance(v, Tensor) else v for v in self.in_values]
         values = [v.of(root) if isinstance(v, Submodule) else v for v in values]
         args, kwargs = given = pytree.tree_unflatten(values, self.in_tree)
-        total = next(iter(lengths_of(given)), None)
-        if total is not None:
+        if self.packed:
             args, kwargs = tightened(given)
         target: Any = root.get_submodule(self.path) if self.function is None else self.function
         out = (target if self.called or not self.function else target.apply)(*args, **kwargs)
-        return tensors_of(out if total is None else loosened(out, total))
+        return tensors_of(loosened(out, lengths_of(given)[0]) if self.packed else out)
 
     def check(self, outputs: Sequence[Tensor]) -> None:
         """Raises InputError where a function gives other sizes than those its trace was built on."""
@@ -116,7 +117,7 @@ class LeafSite:
         assert self.in_tree is not None
         stock, steps = iter(tensors), self._steps()
         values = [next(stock) if isinstance(v, Tensor) else v for v in self.in_values]
-        total = next(iter(lengths_of(pytree.tree_unflatten(values, self.in_tree))), None)
+        total = lengths_of(pytree.tree_unflatten(values, self.in_tree))[0] if self.packed else None
         outputs = []
         for at, ((first, second), dtype) in enumerate(zip(self.shapes, self.dtypes)):
             shape: list[Any] = []
@@ -212,14 +213,15 @@ def observed(model: nn.Module, leaves: Sequence[Leaf], sites: list[LeafSite], se
         loose = loosened((args, kwargs))
         values, tree = pytree.tree_flatten(loose)
         copies = [v.detach().clone() for v in values if isinstance(v, Tensor)]
-        site = LeafSite(path, function, in_tree=tree, in_values=marked(values, model))
+        totals = lengths_of(loose)
+        site = LeafSite(path, function, bool(totals), in_tree=tree, in_values=marked(values, model))
         with witnessed(function, start[0]) if site.called else contextlib.nullcontext():
             made = real(*args, **kwargs)
         if [t._version for t in held] != versions:
             raise Unfit(site.leaf(), f"{site.label} writes into its inputs")
         if site.called:
             check_values(function, values, pytree.tree_leaves(made), model)
-        out = loosened(made, next(iter(lengths_of(loose)), None))
+        out = loosened(made, totals[0]) if totals else made
         _note(sites, next(count), site, copies, out, second)
         return made
 
