@@ -40,6 +40,8 @@ def outer(s: Splitter, app: Application) -> Form | None:
         return None
     if provenance(x) is not Provenance.IMPRESSION and provenance(y) is not Provenance.IMPRESSION:
         return None
+    if _listed(x, place) and _listed(y, place):  # a list of pairs: each by itself is of one side or both
+        return None
     first, second = (x, y) if same_size(y.shape[place], 1) else (y, x)
     rows = [
         Blocks(place + 1, tuple(_cell(s, a, b) for b in _parts(s, second, place + 1))) for a in _parts(s, first, place)
@@ -47,6 +49,11 @@ def outer(s: Splitter, app: Application) -> Form | None:
     rows = [r.parts[0] if len(r.parts) == 1 else r for r in rows]  # type: ignore[misc]
     inner = rows[0] if len(rows) == 1 else Blocks(place, tuple(rows))
     return Lazy(inner, lambda: s.builder.whole(s.plain(app)))
+
+
+def _listed(form: Form, place: int) -> bool:
+    """Whether a form is cut along a dim before those of the product, which goes through it entry by entry."""
+    return isinstance(form, Blocks) and form.dim < place
 
 
 def _outer_dim(x: Any, y: Any) -> int | None:

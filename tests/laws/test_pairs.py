@@ -69,6 +69,22 @@ def test_an_outer_product_of_both_sides_is_not_cut(law: Any) -> None:
     assert torch.ops.aten.tanh.default not in moved
 
 
+@pytest.mark.parametrize("all_pairs", [True, False])
+def test_outer_products_of_listed_pairs_into_a_linear_map(law: Any, all_pairs: bool) -> None:
+    """Without a pair of the request alone nothing is cut."""
+    rows, columns = torch.cartesian_prod(torch.arange(4), torch.arange(4)).t() if all_pairs else ([0, 3, 1], [2, 0, 3])
+
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        t = torch.cat([u, x], 1)
+        products = torch.einsum("bnh,bnd->bnhd", t[:, m.rows], t[:, m.columns])
+        return products.permute(0, 2, 3, 1) @ m.w
+
+    rows, columns = torch.as_tensor(rows), torch.as_tensor(columns)
+    found = law(Model(run, rows=rows, columns=columns, w=parameter(len(rows), 2)), u=(2, 3), x=(2, 3))
+    before, after = found.flops()
+    assert after == before - (9 * 2 * 9 * 4 * 2 if all_pairs else 0)
+
+
 def test_explicit_pairs(law: Any) -> None:
     rows, columns = torch.triu_indices(5, 5, 1)
 
