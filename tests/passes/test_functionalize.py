@@ -44,6 +44,13 @@ def split(m: Any, u: Any, x: Any) -> Any:
     return y + x
 
 
+def split_by_rows(m: Any, u: Any, x: Any) -> Any:
+    y = m.w.detach() * 2
+    _, last = y.split(3)
+    last.add_(2)
+    return u @ y + x
+
+
 def squeezed(m: Any, u: Any, x: Any) -> Any:
     y = (u * 2).unsqueeze(2)
     scores = y.squeeze(2)
@@ -65,6 +72,7 @@ CASES: dict[str, tuple[Callable[..., Any], str]] = {
     "a view of what was written": (seen_through_a_view, "slice(add_"),
     "copy_": (copied, "clone(expand_as_default)"),
     "complex numbers": (frequencies, "view_as_complex(select_scatter"),
+    "a part of rows": (split_by_rows, "slice_scatter(mul, add_tensor, 0, 3, 4)"),
     "a part of a split": (split, "slice_scatter(mul, mul_tensor, 1, 0, 1)"),
 }
 

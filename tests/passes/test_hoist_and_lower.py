@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch.fx import Graph
 
 from passes.annotate import Policy, annotate
-from passes.hoist import SIDE, hoist
+from passes.hoist import SIDE, _computable, hoist
 from passes.lower import lower
-from passes.normalize import normalize
+from passes.normalize import BATCH, normalize
 from passes.partition import Partition, partition
 from roo_rewrite.emit import emit
 from roo_rewrite.facts import Provenance
@@ -130,3 +131,8 @@ def test_a_request_node_that_reads_an_impression_is_illegal(captured: Callable[.
     next(n for n in graph.nodes if n.name == "cat").meta[SIDE] = Provenance.REQUEST
     with pytest.raises(IllegalGraph, match="reads"):
         hoisted(graph)
+
+
+def test_only_sizes_that_can_be_written_are_computed() -> None:
+    assert all(_computable(size) for size in (sympy.Integer(3), BATCH * 3 + 1, BATCH**2, sympy.Max(BATCH - 1, 2)))
+    assert not any(_computable(s) for s in (1 / BATCH, sympy.sqrt(BATCH), sympy.sin(BATCH), BATCH + sympy.Symbol("n")))

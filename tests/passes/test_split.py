@@ -271,6 +271,16 @@ def test_entries_of_a_sum_whose_terms_have_fewer_dims(captured: Function) -> Non
     same(trace, before, graph)
 
 
+@pytest.mark.parametrize("index", [[1], [1, 0], [0, 0, 1]])
+def test_entries_of_a_sum_with_a_term_of_one_entry(captured: Function, index: list[int]) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        two = u.unsqueeze(1) * m.w[:2]
+        return F.linear((two + x.unsqueeze(1) * m.w[2:] - x.unsqueeze(1))[:, index], m.w)
+
+    trace, before, graph, _ = split_of(captured, model)
+    same(trace, before, graph)
+
+
 def test_a_rule_that_asks_for_the_shape_of_the_result(captured: Function) -> None:
     def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
         return torch.addr(torch.cat([u[:, :2], x[:, :2]], 1), u[:, 0], m.m)
