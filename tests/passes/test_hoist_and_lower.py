@@ -134,5 +134,7 @@ def test_a_request_node_that_reads_an_impression_is_illegal(captured: Callable[.
 
 
 def test_only_sizes_that_can_be_written_are_computed() -> None:
-    assert all(_computable(size) for size in (sympy.Integer(3), BATCH * 3 + 1, BATCH**2, sympy.Max(BATCH - 1, 2)))
-    assert not any(_computable(s) for s in (1 / BATCH, sympy.sqrt(BATCH), sympy.sin(BATCH), BATCH + sympy.Symbol("n")))
+    assert all(_computable(size, {}) for size in (sympy.Integer(3), BATCH * 3 + 1, BATCH**2, sympy.Max(BATCH - 1, 2)))
+    assert not any(
+        _computable(s, {}) for s in (1 / BATCH, sympy.sqrt(BATCH), sympy.sin(BATCH), BATCH + sympy.Symbol("n"))
+    )
