@@ -13,8 +13,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
+from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from roo_rewrite.errors import CaptureError
 
@@ -65,6 +68,29 @@ def no_lost_calls() -> Iterator[None]:
     finally:
         for (owner, name), original in zip(places, saved):
             setattr(owner, name, original)
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """While active, dispatch modes and torch's own module trackers see nothing: a profiler or a counter of FLOPs around
+    the call that builds a program would be traced with it. Global hooks of others stay, they may change values."""
+    fake = any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack())
+    hooks: list[dict[int, Any]] = [_module._global_forward_pre_hooks, _module._global_forward_hooks]
+    saved = [dict(found) for found in hooks]
+    for found in hooks:
+        for key in [k for k, hook in found.items() if _is_tracker(getattr(hook, "__self__", None))]:
+            del found[key]
+    try:
+        with contextlib.nullcontext() if fake else _disable_current_modes():
+            yield
+    finally:
+        for found, before in zip(hooks, saved):
+            found.clear()
+            found.update(before)
+
+
+def _is_tracker(owner: object) -> bool:
+    return type(owner).__module__.startswith(("torch.utils.", "torch.distributed._tools."))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import roo_rewrite as roo
 
@@ -178,6 +179,31 @@ def test_another_history_length(length: int) -> None:
     truth, model = make()
     agree(truth, model, length=length)
     assert hoisted(model)
+
+
+def test_a_counter_of_flops_around_the_call_that_builds_a_program_is_not_traced() -> None:
+    truth, model = make()
+    tensors = batch(length=9)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        first = model(*tensors, num_impressions=COUNTS)
+    building = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        torch.testing.assert_close(model(*tensors, num_impressions=COUNTS), first, rtol=0, atol=0)
+    assert hoisted(model)
+    assert building == counter.get_total_flops()
+    agree(truth, model, length=9)
+
+
+def test_a_global_hook_that_changes_values_counts() -> None:
+    def twice(module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 2 if isinstance(module, nn.Linear) else None
+
+    truth, model = make()
+    hook = nn.modules.module.register_module_forward_hook(twice)
+    try:
+        agree(truth, model, length=9)
+    finally:
+        hook.remove()
 
 
 def test_another_dtype() -> None:
