@@ -21,6 +21,7 @@ from passes.fuse import fuse
 from passes.hoist import COUNTS, SIDE
 from passes.mixed_rate import Layouts, mixed_rate
 from passes.normalize import AUTOCAST
+from passes.one_split import one_split
 from roo_rewrite.ops.broadcast import jagged_broadcast, request_of
 from roo_rewrite.ops.conv import pointwise_conv
 
@@ -41,6 +42,7 @@ def lower(graph: Graph) -> None:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     fuse(graph, layouts)
+    one_split(graph)
     for node in list(graph.nodes):
         if node.target is jagged_broadcast and node.args[3:] == (1, 1):
             x, rows, dim, *_ = node.args

@@ -80,10 +80,10 @@ def at_request_rate(user: Node, node: Node) -> bool:
     if user.target is aten.scaled_dot_product_attention.default:
         named = _attention_arguments(user)
         return node in (named["key"], named["value"]) and node is not named["query"] and _unfolds(named)
-    written = _written(user)
-    if written is None:
+    found = written(user)
+    if found is None or isinstance(_shape(node)[0], int):  # the batch lies in another dim
         return False
-    (first, second, out), x, y = written
+    (first, second, out), x, y = found
     if x is y or node not in (x, y) or not (first and second and out) or not first[0] == second[0] == out[0]:
         return False
     return len(_shape(node)) == len(first if node is x else second)
@@ -99,16 +99,16 @@ def product_of(node: Node) -> tuple[str, Node, Node] | None:
 
     Of two operands the second is the one that is broadcast, if either is.
     """
-    written = _written(node)
-    if written is None:
+    found = written(node)
+    if found is None:
         return None
-    (first, second, out), x, y = written
+    (first, second, out), x, y = found
     if not first or not second or not out or first[0] != second[0] or out[0] != first[0]:
         return None
     return (f"{first},{second}->{out}", x, y) if not is_broadcast(x) else (f"{second},{first}->{out}", y, x)
 
 
-def _written(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
+def written(node: Node) -> tuple[tuple[str, str, str], Node, Node] | None:
     """Letters of both operands and the result of a product, and the operands."""
     shape = _shape
     match node.target:

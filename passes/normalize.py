@@ -5,6 +5,7 @@
     wrap_with_autocast("cpu", bfloat16, ..., body, x)  the body, its nodes marked with the autocast
     add_(y, 1)                                         add(y, 1), later uses of y mean it
     squeeze(x: [B, 1])                                 squeeze(x, [1])
+    matmul(W, x: [B, k, 1])                            unsqueeze(linear(squeeze(x, [2]), W), 2)
     slice(x, 0, 0, max), dropout(x, 0.5, False)        x
     cat([x[:, :0], y], 1)                              cat([y], 1)
     masked_select(x, buffer)                           index_select (see `constant_masks`)
@@ -33,6 +34,7 @@ from passes.functionalize import functionalize, is_effect, keeps, mutated
 from passes.pooled_columns import pooled_columns
 from passes.repeated_rows import repeated_rows
 from passes.shifted_softmax import unshifted
+from passes.traced import traced
 from roo_rewrite.capture import Captured
 from roo_rewrite.guards import BATCH
 
@@ -180,6 +182,27 @@ def _slice(captured: Captured, node: Node) -> Node | None:
     return x if all(same) and step == 1 and start in (0, None) else None
 
 
+def _matmul(captured: Captured, node: Node) -> Node | None:
+    """A matrix times columns is a linear map of rows: torch takes it row by row where the matrix needs no gradient."""
+    matrix, x = node.args
+    assert isinstance(matrix, Node)
+    assert isinstance(x, Node)
+    first, second = matrix.meta["val"], x.meta["val"]
+    if AUTOCAST in node.meta or first.ndim != 2 or second.ndim < 3 or captured.expr(second.shape[-1]) != 1:
+        return None
+    last = second.ndim - 1
+    with captured.graph.inserting_before(node):
+        rows = _made(captured, node, aten.squeeze.dims, x, [last])
+        product = _made(captured, node, aten.linear.default, rows, matrix)
+        return _made(captured, node, aten.unsqueeze.default, product, last)
+
+
+def _made(captured: Captured, like: Node, target: Any, *args: Any) -> Node:
+    new = captured.graph.call_function(target, args)
+    new.meta = {**like.meta, "val": traced(target, torch.fx.map_arg(args, lambda n: n.meta["val"]))}
+    return new
+
+
 def _squeeze(captured: Captured, node: Node) -> Node:
     """squeeze() drops the dims that are 1 for every batch, not the batch that happens to be 1."""
     x = _first(captured, node)
@@ -249,6 +272,7 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.feature_dropout.default: _dropout,
     aten.alpha_dropout.default: _dropout,
     aten.cat.default: _cat,
+    aten.matmul.default: _matmul,
     aten.slice.Tensor: _slice,
     aten.softmax.int: unshifted,
     aten.log_softmax.int: unshifted,

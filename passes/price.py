@@ -66,6 +66,15 @@ class Price:
         flops = 2.0 * entries * inner / self.device.flops_per_ns
         return flops + entries * _ELEMENT / self.device.bytes_per_ns
 
+    def batched(self, matrices: float, m: float, k: float, n: float) -> float:
+        """Time of so many products `[m, k]` by `[k, n]`."""
+        device = self.device
+        entries = m * k + k * n + m * n
+        each = (
+            device.matrix_ns + 2.0 * m * k * n / device.flops_per_ns + entries * _ELEMENT / device.matrix_bytes_per_ns
+        )
+        return matrices * each
+
     def move(self, shape: Sequence[Any], side: Provenance = Provenance.IMPRESSION, times: float = 2.0) -> float:
         """Time to read and write `shape` once."""
         return times * self.rows(shape, side) * _ELEMENT / self.device.bytes_per_ns

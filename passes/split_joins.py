@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from passes.forms import (
     Expanded,
     Filled,
     Form,
+    Picked,
     Sum,
     Whole,
     dtype_of,
@@ -23,6 +26,7 @@ from passes.forms import (
     is_static,
     same_shape,
     same_size,
+    with_size,
 )
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import cut_operands, mapped, pick_form, running, together
@@ -43,9 +47,34 @@ def cat(s: Splitter, app: Application) -> Form | None:
     if inside is not None:
         return inside
     parts = [p for f in forms for p in (f.parts if isinstance(f, Blocks) and f.dim == dim else (f,))]
-    made = Blocks(dim, merged_picks((p for p in parts if hint(p.shape[dim])), dim))
+    made = Blocks(dim, merged_picks((p for p in _flattened(s, parts, dim) if hint(p.shape[dim])), dim))
     structured = any(isinstance(p, (Expanded, Blocks, Sum, Filled)) for p in made.parts)
     return made if len(made.parts) > 1 and (is_mixed(made) or structured) else None
+
+
+def _flattened(s: Splitter, parts: Sequence[Form], dim: int) -> list[Form]:
+    """cat([x[:, :1], x[:, 1:2]], 2)  =  reshape(x[:, :2], [B, 1, 2 m])        x: [B, n, m]
+
+    Slices one by one would each be added to the whole gradient.
+    """
+    out: list[Form] = []
+    for _, run in itertools.groupby(parts, lambda p: _entry_of(p, dim - 1)):
+        same = list(run)
+        index = tuple(i for p in same if isinstance(p, Picked) for i in p.index)
+        if len(same) == 1 or _entry_of(same[0], dim - 1) is None:
+            out += same
+            continue
+        shape = s.builder.sizes(with_size(same[0].shape, dim, len(same) * hint(same[0].shape[dim])))
+        assert isinstance(same[0], Picked)
+        node = s.builder.pick(same[0].base.node, dim - 1, index)
+        out.append(Whole(s.builder.call(aten.reshape.default, node, shape)))
+    return out
+
+
+def _entry_of(form: Form, dim: int) -> Node | None:
+    """The tensor a form is one entry of along `dim`."""
+    one = isinstance(form, Picked) and form.dim == dim and len(form.index) == 1
+    return form.base.node if one and isinstance(form, Picked) else None
 
 
 def _by_piece(s: Splitter, app: Application, dim: int) -> Form | None:

@@ -102,9 +102,9 @@ def _inside_price(s: Splitter, cell: split_outer.Cell, n: int) -> float:
     shape = tuple(cell.late.meta["val"].shape)
     batch, rest = shape[0], shape[2:]
     per_request = s.price.product((batch, n, m, *rest), h, Provenance.REQUEST)
-    per_impression = s.price.product((batch, n, *rest), m, Provenance.IMPRESSION)
-    # The weights of a request are written, laid out as matrices, and read again.
-    weights = s.price.move((batch, n, m, *rest), Provenance.REQUEST, 6.0)
+    per_impression = s.price.batched(s.price.rows((batch, *rest), Provenance.REQUEST), s.price.fanout, m, n)
+    # The weights of a request are laid out as matrices.
+    weights = s.price.move((batch, n, m, *rest), Provenance.REQUEST, 4.0)
     return per_request + weights + per_impression + 2 * s.price.move((batch, n, *rest)) + s.price.start(6)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from passes.coalesce import coalesced
 from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
+from passes.price_products import pays
 from passes.split import Application, Splitter, handles
 from passes.split_blocks import has_early, pick_form, refined
 from roo_rewrite.facts import Provenance
@@ -42,12 +43,15 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
     if str(app.target) != "aten.einsum.default" and same_size(x.shape[-1], 1) and _is_row(x, y):
         return s.op(aten.mul.Tensor, x, y)
     x, y = _simple(s, x), _simple(s, y)
-    mark = len(s.price.candidates)
+    considered, built = len(s.price.candidates), len(s.builder.graph.nodes)
     made = _contract(s, x, y, letters, emit)
     if made is None or not moves(made):
-        del s.price.candidates[mark:]
+        del s.price.candidates[considered:]
         return None
-    return made
+    if not isinstance(made, (Blocks, Sum)):
+        return made
+    whole = emit(*(Whole(s.builder.whole(f)) for f in (x, y)))
+    return made if pays(s, f"product {app.target}".removesuffix(".default"), whole, made, built) else None
 
 
 def _is_row(x: Form, y: Form) -> bool:

@@ -24,15 +24,22 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Device:
-    """Throughput of a device: FLOP/ns of a matrix product, bytes/ns of memory, ns to start an op."""
+    """Throughput of a device: FLOP/ns of a matrix product, bytes/ns of memory, ns to start an op.
+
+    A batch of small products adds ns for each matrix, and moves what it reads and writes at a rate of its own.
+    """
 
     flops_per_ns: float
     bytes_per_ns: float
     start_ns: float
+    matrix_ns: float
+    matrix_bytes_per_ns: float
 
 
-CPU = Device(flops_per_ns=60.0, bytes_per_ns=30.0, start_ns=2_000.0)
-CUDA = Device(flops_per_ns=200_000.0, bytes_per_ns=2_500.0, start_ns=6_000.0)
+CPU = Device(flops_per_ns=60.0, bytes_per_ns=30.0, start_ns=2_000.0, matrix_ns=100.0, matrix_bytes_per_ns=10.0)
+CUDA = Device(
+    flops_per_ns=200_000.0, bytes_per_ns=2_500.0, start_ns=6_000.0, matrix_ns=0.0, matrix_bytes_per_ns=2_500.0
+)
 NOMINAL_IMPRESSIONS = 4096
 
 
@@ -91,7 +98,7 @@ def cost(node: Node) -> Cost:
     if node.op != "call_function":
         return Cost(0.0, 0.0)
     written = nbytes(node.meta.get("val"))
-    if not isinstance(node.target, OpOverload) or _is_view(node) or _is_off(node):
+    if not isinstance(node.target, OpOverload) or is_view(node) or _is_off(node):
         return Cost(0.0, 0.0)
     read = sum(nbytes(n.meta.get("val")) for n in node.all_input_nodes if _is_read(node, n))
     return Cost(flops(node), float(read + written))
@@ -116,8 +123,10 @@ def _module_cost(owner: torch.fx.GraphModule) -> Cost:
     return total
 
 
-def _is_view(node: Node) -> bool:
-    assert isinstance(node.target, OpOverload)
+def is_view(node: Node) -> bool:
+    """Whether an op shows its operand's memory."""
+    if not isinstance(node.target, OpOverload):
+        return False
     first = node.target._schema.arguments[0].alias_info if node.target._schema.arguments else None
     return first is not None and not first.is_write
 

@@ -9,8 +9,11 @@ from torch import Tensor
 def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`conv1d(x, weight, bias)` for windows of one entry: x `[B, k, T]`, weight `[n, k, 1]` -> `[B, n, T]`.
 
-    On CPU a batched product is a fifth faster than the convolution.
+    On CPU a batched product is as fast as the convolution or faster; the weight's gradient, one product for each row of
+    the batch and their sum, is not.
     """
+    if torch.is_grad_enabled() and weight.requires_grad:
+        return torch.conv1d(x, weight, bias)
     matrix = weight.squeeze(2)
     made = torch.bmm(matrix.expand(x.shape[0], *matrix.shape), x)
     return made if bias is None else made.add_(bias.unsqueeze(1))

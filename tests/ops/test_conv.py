@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import roo_rewrite as roo
 from roo_rewrite.ops.conv import pointwise_conv
@@ -26,6 +27,19 @@ def test_equals_the_convolution(rows: int, k: int, n: int, length: int, biased: 
     wanted = [t for t in (x, weight, bias) if t is not None]
     for a, b in zip(torch.autograd.grad((got**2).sum(), wanted), torch.autograd.grad((want**2).sum(), wanted)):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("trains", "runs"), [(True, "aten.convolution.default"), (False, "aten.bmm.default")])
+def test_a_weight_that_takes_a_gradient_is_convolved(trains: bool, runs: str) -> None:
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    calls: list[str] = []
+    with Calls():
+        pointwise_conv(torch.randn(2, 3, 4), torch.randn(5, 3, 1, requires_grad=trains))
+    assert runs in calls
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,16 @@ CASES = {
     ),
     "a view is a reshape": (lambda m, u, x: u.view(-1, 2, 2) + 1, "reshape_default = reshape(u, [-1, 2, 2])"),
     "a view to its own shape is dropped": (lambda m, u, x: u.view(-1, 4) + x, "add = add(u, x)"),
+    "a matrix times one column is a linear map": (
+        lambda m, u, x: m.w @ x.unsqueeze(2),
+        "squeeze_dims = squeeze(unsqueeze, [2])\nlinear_default = linear(squeeze_dims, w)\n"
+        "unsqueeze_default = unsqueeze(linear_default, 2)",
+    ),
+    "a matrix times several columns stays": (
+        lambda m, u, x: m.w @ torch.stack([u, x], 2),
+        "matmul = matmul(w, stack)",
+    ),
+    "rows times a matrix stay": (lambda m, u, x: (u + x) @ m.w[:, :1], "matmul = matmul(add, slice_1)"),
     "a draw nobody reads stays": (lambda m, u, x: (torch.rand(3), u + x)[1], "rand = rand([3])"),
 }
 

@@ -158,6 +158,10 @@ EQUAL = {
         .view(-1, 3, 4)
         .sum(1)
     ),
+    "entries side by side": lambda m, u, x: F.linear(
+        torch.cat([*(u * x).view(-1, 2, 2).split(1, 1), u.unsqueeze(1), x.view(-1, 2, 2)[:, 1:]], 2),
+        torch.cat([m.w, m.w, m.w[:, :2]], 1),
+    ),
     "two in one dim": lambda m, u, x: (
         (torch.stack([u, x], 1).flatten(0, 1) - torch.stack([x, u], 1).view(-1, 4)).mean(1).view(-1, 2)
     ),
@@ -255,6 +259,16 @@ def test_padding_parts_does_not_take_the_traced_batch_for_a_number(captured: Fun
 def test_a_view_that_is_undone_hides_nothing(captured: Function, printed: Callable[..., str], name: str) -> None:
     _, _, graph, _ = split_of(captured, EQUAL[name])
     assert "reshape" not in printed(graph)
+
+
+def test_entries_of_one_tensor_side_by_side_are_not_cut_out(captured: Function) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        both = torch.cat([(u * x).view(-1, 2, 2), u.view(-1, 2, 2)], 1)
+        return F.linear(torch.cat(both.split(1, 1), 2), torch.cat([m.w, m.w], 1))
+
+    trace, before, graph, _ = split_of(captured, model)
+    same(trace, before, graph)
+    assert not any("slice" in str(n.target) and n.meta["val"].ndim == 3 for n in graph.nodes)
 
 
 @pytest.mark.parametrize("name", ["rows compared in one dim", "rows shifted in one dim"])
