@@ -35,7 +35,8 @@ def one_split(graph: Graph) -> None:
             dim, span = _span(node)
             if span is not None:
                 found.setdefault((node.args[0], dim, node.meta[SIDE]), []).append((span, node))
-    for (source, dim, _), slices in found.items():
+    for (_, dim, _), slices in found.items():
+        source: Any = slices[0][1].args[0]  # a part by now, where it was a slice
         spans = sorted({span for span, _ in slices})
         apart = all(a[1] <= b[0] for a, b in zip(spans, spans[1:]))
         if len(spans) > 1 and apart and not any(source in mutated(user) for user in source.users):

@@ -87,6 +87,24 @@ def test_slices_of_a_value_that_is_written_into_stay() -> None:
     assert not splits(graph)
 
 
+def test_slices_of_slices() -> None:
+    graph, x = sliced((1, 0, 4), (1, 4, 8)), torch.randn(3, 8)
+    first = next(n for n in graph.nodes if n.target is aten.slice.Tensor)
+    first.meta["val"] = torch.zeros(3, 4)
+    *_, output = graph.nodes
+    with graph.inserting_before(output):
+        inner = [graph.call_function(aten.slice.Tensor, (first, 1, i, i + 1)) for i in range(2)]
+    for node in inner:
+        node.meta = {"val": torch.zeros(3, 1), SIDE: "i"}
+    output.args = ((*output.args[0], *inner),)
+    want = run(graph, x)
+    one_split(graph)
+    graph.lint()
+    assert len(splits(graph)) == 2
+    for a, b in zip(run(graph, x), want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_a_model_that_takes_fields_apart() -> None:
     class Fields(nn.Module):
         def forward(self, u: Tensor, x: Tensor) -> Tensor:
