@@ -45,7 +45,8 @@ def one_split(graph: Graph) -> None:
 
 def _span(node: Node) -> tuple[int, Span | None]:
     """The dim of a slice and the range of it, if both are static and the range has entries."""
-    x, dim, start, end, step, *_ = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    given: tuple[Any, ...] = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    x, dim, start, end, step = given
     value = x.meta.get("val") if isinstance(x, Node) else None
     if not isinstance(value, Tensor) or step != 1 or node.kwargs or not isinstance(dim, int):
         return 0, None
