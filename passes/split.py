@@ -7,7 +7,7 @@
 
 The graph is walked once, in order. Each value is kept in the form in which it is cheapest to continue
 (see `forms`): a concatenation or a sum of both sides is not carried out until something needs it whole.
-An op says what it makes of forms (`split_*`); one with nothing to say gets its operands whole.
+An op says what it makes of forms (`splits`); one with nothing to say gets its operands whole.
 
 Postcondition: still an impression-level graph, equal to its input on any batch, whatever the annotation
 said. What was tried, and what it was thought to gain, is in `Split.candidates`.
@@ -99,7 +99,7 @@ masks attention rnn"""
 def _load() -> None:
     """Importing the handler modules registers them."""
     for name in _TOPICS.split():
-        importlib.import_module(f"passes.split_{name}")
+        importlib.import_module(f"passes.splits.{name}")
 
 
 @dataclass
@@ -213,8 +213,8 @@ class Splitter:
 
     def _past_views(self, app: Application) -> tuple[Form | None, Application]:
         """The result of an op below the views of its operands, or the op on what these views give."""
-        from passes.split_reshaped import settled, through
-        from passes.split_views import VIEWS, to_shape
+        from passes.splits.reshaped import settled, through
+        from passes.splits.views import VIEWS, to_shape
 
         values = [v for value in app.named.values() for v in (value if isinstance(value, list) else [value])]
         if str(app.target) in VIEWS or not any(isinstance(v, Reshaped) for v in values):
@@ -255,7 +255,7 @@ class Splitter:
 
     def blockwise(self, application: Application) -> Form | list[Form] | None:
         """The op part by part, where a row rule says it may; None where it may not."""
-        from passes.split_blocks import blockwise
+        from passes.splits.blocks import blockwise
 
         try:
             return blockwise(self, application)

@@ -29,8 +29,8 @@ from passes.forms import (
     with_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import pick_form
-from passes.split_reshaped import side_by_side
+from passes.splits.blocks import pick_form
+from passes.splits.reshaped import side_by_side
 
 aten = torch.ops.aten
 

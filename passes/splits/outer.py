@@ -26,7 +26,7 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Application, Splitter
-from passes.split_blocks import has_early
+from passes.splits.blocks import has_early
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

@@ -11,8 +11,8 @@ import torch
 
 from passes.forms import Blocks, Form, Scaled, Sum, Whole, dtype_of, provenance
 from passes.split import Application, Splitter, handles
-from passes.split_linear import product
-from passes.split_scaled import Centred
+from passes.splits.linear import product
+from passes.splits.scaled import Centred
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

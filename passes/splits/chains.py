@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from passes.forms import PROVENANCE, Form, Whole, dtype_of, numel
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import broadcast
+from passes.splits.blocks import broadcast
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

@@ -31,7 +31,7 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import broadcast
+from passes.splits.blocks import broadcast
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

@@ -1,6 +1,6 @@
 """Norms over both sides: layer norm, RMS norm, variances and lengths, by the statistics of each side.
 
-layer_norm(x)  =  (x - m) r g + h         m the mean, r = 1/sqrt(var + eps): see `split_scaled`
+layer_norm(x)  =  (x - m) r g + h         m the mean, r = 1/sqrt(var + eps): see `splits.scaled`
 rms_norm(x)    =  x r g                   r = 1/sqrt(mean(x^2) + eps)
 norm(x)        =  norm[norm(x_p)]         the Euclidean length
 
@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from passes.forms import Blocks, Form, Lazy, Scaled, Sum, Whole, dtype_of
 from passes.split import Application, Splitter, handles
-from passes.split_scaled import centre, later, norm_of, sides_of, splits, sum_of_squares
+from passes.splits.scaled import centre, later, norm_of, sides_of, splits, sum_of_squares
 
 aten = torch.ops.aten
 

@@ -29,7 +29,7 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Splitter
-from passes.split_scaled import Centred, Side
+from passes.splits.scaled import Centred, Side
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

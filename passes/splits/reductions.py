@@ -13,9 +13,9 @@ import torch
 
 from passes.forms import Blocks, Expanded, Form, Sum, dtype_of, provenance, same_size
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import broadcast
-from passes.split_scaled import Squared, sum_of_squares
-from passes.split_weighted import Weighted, weighted_sum
+from passes.splits.blocks import broadcast
+from passes.splits.scaled import Squared, sum_of_squares
+from passes.splits.weighted import Weighted, weighted_sum
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

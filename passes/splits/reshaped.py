@@ -17,7 +17,7 @@ import torch
 
 from passes.forms import Blocks, Expanded, Form, Reshaped, Sum, Whole, hint, is_static, same_shape, same_size, with_size
 from passes.split import Application, Splitter
-from passes.split_blocks import mapped, pick_form, placed, refined
+from passes.splits.blocks import mapped, pick_form, placed, refined
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.rules.families import broadcasting
 from roo_rewrite.rules.registry import find
@@ -77,8 +77,8 @@ def _by_rows(s: Splitter, app: Application, lead: tuple[Any, ...]) -> Form | Non
 
     op(cat[E a, c].view(B * T, D))  =  the rows of op(a.view(B * Ta, D)) and of op(c.view(B * Tc, D)), as they stood
     """
-    from passes.split_products import moves
-    from passes.split_views import reshaped
+    from passes.splits.products import moves
+    from passes.splits.views import reshaped
 
     merged = [f for f in _forms(app) if isinstance(f, Reshaped)]
     dims = {f.inner.dim if isinstance(f.inner, Blocks) else -1 for f in merged}
@@ -119,7 +119,7 @@ def _rows_of(
     s: Splitter, opened: dict[int, Form], dim: int, index: range, lead: tuple[Any, ...]
 ) -> Callable[[Form], Form]:
     """Operand -> its rows from the entries `index` of `dim`; `lead` are the dims these are merged from."""
-    from passes.split_views import reshaped
+    from passes.splits.views import reshaped
 
     def piece(form: Form) -> Form:
         if id(form) not in opened:

@@ -16,8 +16,8 @@ from torch.fx import Node
 
 from passes.forms import PROVENANCE, Blocks, Filled, Form, Lazy, Whole, is_mixed, leaves, provenance, with_size
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import cut_form
-from passes.split_linear import in_parts, product
+from passes.splits.blocks import cut_form
+from passes.splits.linear import in_parts, product
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from passes.forms import Blocks, Deferred, Filled, is_static, provenance
 from passes.split import Splitter
-from passes.split_views import cells_of
+from passes.splits.views import cells_of
 from roo_rewrite.facts import Provenance
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from passes.forms import Blocks, Form, Whole, is_mixed, is_static, same_shape
 from passes.split import Splitter
-from passes.split_blocks import has_early, pick_form, running
+from passes.splits.blocks import has_early, pick_form, running
 
 _MANY = 3  # runs of one side: more are as many pieces, each of them small
 
@@ -47,7 +47,7 @@ def _runs(s: Splitter, x: Blocks) -> list[Form]:
 
 
 def _flat(s: Splitter, form: Form, dim: int) -> Form:
-    from passes.split_views import reshaped
+    from passes.splits.views import reshaped
 
     return reshaped(s, form, (*form.shape[:dim], math.prod(form.shape[dim:])))
 
@@ -56,7 +56,7 @@ def _cut(
     s: Splitter, flat: Sequence[Form], ends: Sequence[int], start: int, lead: tuple[Any, ...], sizes: tuple[int, ...]
 ) -> Form:
     """Entries from `start` on, as many as `sizes` hold, of flat parts that end at `ends`, as [*lead, *sizes]."""
-    from passes.split_views import reshaped
+    from passes.splits.views import reshaped
 
     each, parts, at = math.prod(sizes[1:]), list[Form](), 0
     while at < sizes[0]:

@@ -29,7 +29,7 @@ from passes.forms import (
     with_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import cut_operands, mapped, pick_form, running, together
+from passes.splits.blocks import cut_operands, mapped, pick_form, running, together
 
 aten = torch.ops.aten
 

@@ -25,13 +25,13 @@ from passes.forms import (
     same_shape,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import blockwise, broadcast
-from passes.split_chains import regrouped
-from passes.split_masks import added_mask
-from passes.split_outer import outer
-from passes.split_scaled import centred, later
-from passes.split_scaled import scaled as scaled_rows
-from passes.split_weighted import weighted
+from passes.splits.blocks import blockwise, broadcast
+from passes.splits.chains import regrouped
+from passes.splits.masks import added_mask
+from passes.splits.outer import outer
+from passes.splits.scaled import centred, later
+from passes.splits.scaled import scaled as scaled_rows
+from passes.splits.weighted import weighted
 from roo_rewrite.errors import NotRowWise
 
 aten = torch.ops.aten

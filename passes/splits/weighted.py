@@ -32,9 +32,9 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Application, Splitter
-from passes.split_atoms import Atom
-from passes.split_blocks import broadcast
-from passes.split_scaled import later
+from passes.splits.atoms import Atom
+from passes.splits.blocks import broadcast
+from passes.splits.scaled import later
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

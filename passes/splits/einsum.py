@@ -12,7 +12,7 @@ import torch
 
 from passes.forms import Blocks, Expanded, Form, Sum, Whole, provenance, same_size
 from passes.split import Application, Splitter, handles
-from passes.split_products import bilinear, moves
+from passes.splits.products import bilinear, moves
 from roo_rewrite.facts import Provenance
 from roo_rewrite.rules.matmul import spelled_out
 

@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from passes.forms import PROVENANCE, Blocks, Form, Whole, is_mixed
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import has_early, pick_form, running
-from passes.split_scaled import sides_of
+from passes.splits.blocks import has_early, pick_form, running
+from passes.splits.scaled import sides_of
 from roo_rewrite.facts import Provenance
 
 _OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")

@@ -28,8 +28,8 @@ from passes.forms import (
 )
 from passes.ranges import Range, bounds
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import broadcast, cut_form
-from passes.split_scores import note_scores
+from passes.splits.blocks import broadcast, cut_form
+from passes.splits.scores import note_scores
 
 aten = torch.ops.aten
 # exp(x - max) is 0 in every float type once x is this far below; scores of a working model are not.

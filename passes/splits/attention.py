@@ -4,7 +4,7 @@
       rows of the history, target banned    =  softmax(q_h k_h' + mask_hh) v_h          per request
       rows of the target                    =  two groups of scores, one softmax, two weighted sums
 
-Which keys a query may see is read from the mask: see `split_masks`.
+Which keys a query may see is read from the mask: see `splits.masks`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import cut_form
-from passes.split_masks import LOW, known, ranged
-from passes.split_scores import note
+from passes.splits.blocks import cut_form
+from passes.splits.masks import LOW, known, ranged
+from passes.splits.scores import note
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

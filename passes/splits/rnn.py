@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from passes.forms import Blocks, Form, Whole
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import has_early
+from passes.splits.blocks import has_early
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

@@ -28,10 +28,10 @@ from passes.forms import (
     with_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import pick_form
-from passes.split_joins import constant_value
-from passes.split_nested import nested
-from passes.split_reshaped import kept_apart, later_view
+from passes.splits.blocks import pick_form
+from passes.splits.joins import constant_value
+from passes.splits.nested import nested
+from passes.splits.reshaped import kept_apart, later_view
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Rows
 from roo_rewrite.rules import families

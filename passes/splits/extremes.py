@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from passes.forms import Blocks, Form, Whole, dtype_of, provenance
 from passes.split import Application, Splitter, handles
-from passes.split_reductions import chained, reduced_dims
-from passes.split_scaled import sides_of
+from passes.splits.reductions import chained, reduced_dims
+from passes.splits.scaled import sides_of
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten

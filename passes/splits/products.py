@@ -16,7 +16,7 @@ from passes.coalesce import coalesced
 from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
 from passes.price_products import pays
 from passes.split import Application, Splitter, handles
-from passes.split_blocks import has_early, pick_form, refined
+from passes.splits.blocks import has_early, pick_form, refined
 from roo_rewrite.facts import Provenance
 from roo_rewrite.rules.matmul import spelled_out
 

@@ -18,11 +18,11 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from passes import split_outer, split_weighted
 from passes.forms import Blocks, Form, Lazy, Picked, Scaled, Sum, Whole, dtype_of, is_static, with_size
 from passes.split import Application, Splitter, handles
-from passes.split_atoms import Atom, Group, Meets, added, atoms_of, grouped, joined
-from passes.split_scaled import Centred
+from passes.splits import outer, weighted
+from passes.splits.atoms import Atom, Group, Meets, added, atoms_of, grouped, joined
+from passes.splits.scaled import Centred
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -63,12 +63,12 @@ def product(
         return None
     n, k = (int(v) for v in weight.meta["val"].shape[:2])
     atoms = joined(atoms_of(s, x, dim, Meets(tuple(range(k)), weight)))
-    means = [a for a in atoms if dim == x.ndim - 1 and emit is aten.linear.default and split_weighted.inside(s, a, n)]
+    means = [a for a in atoms if dim == x.ndim - 1 and emit is aten.linear.default and weighted.inside(s, a, n)]
     atoms = added(s, [a for a in atoms if a not in means])
     inside = [a for a in atoms if dim == 1 and shape is None and _factored(a, weight) is not None]
     shape = shape or with_size(x.shape, dim, n)
     groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
-    cells = split_outer.cells(s, [(f, a.columns, a.index) for a in inside if (f := _factored(a, weight)) is not None])
+    cells = outer.cells(s, [(f, a.columns, a.index) for a in inside if (f := _factored(a, weight)) is not None])
     if not _pays(s, x, groups, cells, shape, n, k, emit is aten.linear.default):
         return None
     terms: list[tuple[float, Form]] = []
@@ -83,20 +83,20 @@ def product(
     for factor, parts in scaled.items():
         whole = s.builder.whole(Sum(tuple(parts), shape))
         terms.append((1.0, Whole(s.builder.call(aten.mul.Tensor, whole, factor))))
-    terms += [(1.0, Whole(split_outer.multiply(s, cell, weight))) for cell in cells]
-    terms += [(a.coefficient, Whole(split_weighted.mapped(s, a))) for a in means]
+    terms += [(1.0, Whole(outer.multiply(s, cell, weight))) for cell in cells]
+    terms += [(a.coefficient, Whole(weighted.mapped(s, a))) for a in means]
     return Sum(tuple(terms), shape) if terms else None
 
 
-def _factored(atom: Atom, weight: Node) -> split_outer.Factors | None:
+def _factored(atom: Atom, weight: Node) -> outer.Factors | None:
     """The factors of an atom that is a whole outer product of both sides."""
     if atom.coefficient != 1 or atom.factor is not None or atom.weight is not weight:
         return None
-    found = split_outer.factors(atom.node)
-    return found if found is not None and split_outer.covers(found, atom.index) else None
+    found = outer.factors(atom.node)
+    return found if found is not None and outer.covers(found, atom.index) else None
 
 
-def _inside_price(s: Splitter, cell: split_outer.Cell, n: int) -> float:
+def _inside_price(s: Splitter, cell: outer.Cell, n: int) -> float:
     """The request's factor into the weight, then what is left per impression."""
     h, m = (int(f.meta["val"].shape[1]) for f in (cell.early, cell.late))
     shape = tuple(cell.late.meta["val"].shape)
@@ -112,7 +112,7 @@ def _pays(
     s: Splitter,
     x: Form,
     groups: Sequence[Group],
-    cells: Sequence[split_outer.Cell],
+    cells: Sequence[outer.Cell],
     shape: tuple[object, ...],
     n: int,
     k: int,
@@ -148,8 +148,8 @@ def _multiply(s: Splitter, group: Group, back: int, bias: Node | None, emit: Emi
     dim = len(group.lead) + 1 + back
     if group.single and back == -1 and bias is None:
         rows = [(node, s.builder.call(aten.t.default, _weight(s, atoms))) for (node, _), atoms in merged]
-        outer = [(1.0, Whole(s.builder.call(aten.mul.Tensor, node, row))) for node, row in rows]
-        return s.builder.whole(Sum(tuple(outer), tuple(outer[0][1].shape)))
+        products = [(1.0, Whole(s.builder.call(aten.mul.Tensor, node, row))) for node, row in rows]
+        return s.builder.whole(Sum(tuple(products), tuple(products[0][1].shape)))
     operands = [node if index is None else s.builder.pick(node, dim, index) for (node, index), _ in merged]
     x = s.builder.cat(operands, dim)
     weight = group.atoms[0].weight
@@ -189,8 +189,8 @@ def tensordot(s: Splitter, app: Application) -> Form | None:
 
 @handles("aten.mm.default", "aten.matmul.default")
 def matmul(s: Splitter, app: Application) -> Form | None:
-    """x @ matrix is a linear map; other products are in `split_products`."""
-    from passes.split_products import bilinear
+    """x @ matrix is a linear map; other products are in `splits.products`."""
+    from passes.splits.products import bilinear
 
     x, y = app.form("self"), app.form("mat2" if str(app.target) == "aten.mm.default" else "other")
     matrix = isinstance(y, Whole) and y.ndim == 2 and all(is_static(v) for v in y.shape)
