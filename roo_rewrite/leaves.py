@@ -30,6 +30,10 @@ _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _TRACER = ("torch._", "torch.fx", "torch.export", "torch.autograd")
 
 
+class OtherSizesError(InputError):
+    """A leaf gives other sizes than those its trace was built on."""
+
+
 Function = type[torch.autograd.Function] | types.FunctionType | None
 
 
@@ -101,12 +105,12 @@ class LeafSite:
         return tensors_of(loosened(out, lengths_of(given)[0]) if self.packed else out)
 
     def check(self, outputs: Sequence[Tensor]) -> None:
-        """Raises InputError where a function gives other sizes than those its trace was built on."""
+        """Raises OtherSizesError where it gives other sizes than those its trace was built on."""
         steps = self._steps()
         for at, (out, (first, second)) in enumerate(zip(outputs, self.shapes, strict=True)):
             other = [d for d, (a, b) in enumerate(zip(first, second)) if a == b and (d != 1 or at not in steps)]
             if out.ndim != len(first) or any(out.shape[d] != first[d] for d in other):
-                raise InputError(f"{self.label} gives {list(out.shape)}, not {list(first)} as for the example")
+                raise OtherSizesError(f"{self.label} gives {list(out.shape)}, not {list(first)} as for the example")
 
     def fake(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Outputs of the right shapes for traced inputs."""

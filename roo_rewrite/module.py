@@ -33,6 +33,7 @@ from roo_rewrite.capture import Captured
 from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
+from roo_rewrite.leaves import OtherSizesError
 from roo_rewrite.ops.broadcast import request_of
 from roo_rewrite.outlook import Outlook, reads
 from roo_rewrite.program import Program
@@ -146,7 +147,19 @@ class RequestModel(nn.Module):
                 atoms, counts = without_empty(self._inputs, atoms, counts)
         if program.emitted is None or program.captured is None:
             return self._broadcast_first(atoms, statics, counts)
-        return program.captured.returned(program.emitted.whole(self, *atoms, counts))
+        if not program.checked:
+            return program.captured.returned(program.emitted.whole(self, *atoms, counts))
+        before = self._written()
+        try:
+            return program.captured.returned(program.emitted.whole(self, *atoms, counts))
+        except OtherSizesError:  # the trace is not of such a batch; the original is run, unless half a step is done
+            if self._written() != before:
+                raise
+            return self._broadcast_first(atoms, statics, counts)
+
+    def _written(self) -> list[int]:
+        """How often each buffer was written to."""
+        return [b._version for b in self._original.buffers()]
 
     def request_part(self, *args: Any, num_impressions: Tensor | None = None, **kwargs: Any) -> dict[str, Tensor]:
         """Request inputs -> the values that cross to the impressions, by name, R rows each.

@@ -92,6 +92,11 @@ class Program:
         """Whether the emitted functions hold for any number of impressions from two on."""
         return self.captured is not None and self.captured.accepts.always
 
+    @functools.cached_property
+    def checked(self) -> bool:
+        """Whether a call may find that a leaf gives other sizes than in the trace."""
+        return self.captured is not None and any(site.checked for site in self.captured.sites)
+
     def names(self, inputs: Inputs) -> tuple[str, ...]:
         """The names of what crosses: of the request's atoms where nothing could be proved."""
         if self.emitted is not None:

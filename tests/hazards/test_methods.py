@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -260,9 +262,46 @@ def test_a_function_that_cannot_be_traced_is_sound(hazard: type, sound: Callable
     ("kind", "name"), [(ByRow, "by_row"), (OfAnObject, "OfAnObject.last"), (WithParameters, "WithParameters.user")]
 )
 def test_the_report_names_the_function(kind: type[nn.Module], name: str) -> None:
-    from conftest import draw, names_of, spec_of
-
-    names = names_of(kind())
-    example = draw(names, 5, 5)
-    model = roo.rewrite(kind().double(), tuple(example.values()), spec=spec_of(names))
+    ids, lengths, dense = torch.randint(6, (5, 3)), torch.full((5,), 2), torch.randn(5, 4, dtype=torch.float64)
+    given = {"u_ids": ids, "u_len": lengths, "u": dense, "x": dense}
+    example = {n: given[n] for n in inspect.signature(kind.forward).parameters if n != "self"}
+    spec = roo.FeatureSpec(request=[n for n in example if n != "x"], impression=["x"])
+    model = roo.rewrite(kind().double(), (), example, spec=spec)
     assert f"function {name!r} is kept as an opaque leaf" in str(model.report)
+
+
+class WiderInRareBatches(Plain):
+    """As wide as a batch with a number above a hundred makes it."""
+
+    def widened(self, h: Tensor) -> Tensor:
+        rows = np.asarray(h.detach())
+        return torch.from_numpy(np.repeat(rows, 5 if (rows > 100).any() else 3, axis=1))
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.mix(self.user(u) * self.widened(u).mean(1, keepdim=True), x)
+
+
+class WiderAfterNorm(WiderInRareBatches):
+    """The same once a buffer has been written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.mix(self.norm(x) * self.widened(u).mean(1, keepdim=True), x)
+
+
+@pytest.mark.parametrize("kind", [WiderInRareBatches, WiderAfterNorm])
+def test_a_batch_in_which_a_function_gives_other_sizes_runs_on_the_original(kind: type[nn.Module]) -> None:
+    model, counts = kind().double(), torch.tensor([2, 0, 3])
+    u, x = torch.randn(6, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
+    spec = roo.FeatureSpec(request=["u"], impression=["x"])
+    rewritten = roo.rewrite(model, (u, x), spec=spec)
+    truth = copy.deepcopy(model)
+    assert "widened" in str(rewritten.report)
+    for factor in (1, 1000, 1):
+        given = u[:3] * factor
+        want = truth(given.repeat_interleave(counts, 0), x[:5])
+        torch.testing.assert_close(rewritten(given, x[:5], num_impressions=counts), want)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), truth.buffers()))
