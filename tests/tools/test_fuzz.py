@@ -75,6 +75,13 @@ def test_a_drawn_program_comes_out_equal(seed: int) -> None:
     assert steps == runner.drawn_steps(seed, 5)
 
 
+def test_parts_as_wide_together_as_the_batch_is_long_are_fewer(recorder: Recorder) -> None:
+    drawer = Drawer(recorder, frozenset())
+    drawer.pool += [recorder.input(name, (width,), F64) for name, width in [("a", 31), ("b", 30)]]
+    made = runner._side_by_side(drawer, drawer.pool[-2:])
+    assert val(made).shape == (Size(1), 30)
+
+
 def test_shrinking_leaves_what_the_fault_needs() -> None:
     steps = tuple(Step("added", i) for i in range(6))
     assert runner.shrunk(steps, lambda s: steps[3] in s) == (steps[3],)

@@ -18,7 +18,7 @@ import roo_rewrite.pipeline
 from tools.fuzz import crossing, layers, rule_cases, shapes  # noqa: F401 - registers the steps
 from tools.fuzz.drawer import STEPS, Drawer, Step, floating
 from tools.fuzz.model import Recorded, model, trace
-from tools.fuzz.recorder import F64, Recorder, Value, val
+from tools.fuzz.recorder import F64, Recorder, UnusableError, Value, val
 
 INPUTS = {"a": (4,), "b": (6,), "c": (3, 2), "d": (1,), "e": (5,), "ids": (), "more_ids": (3,), "few": ()}
 ROWS = 6
@@ -104,6 +104,16 @@ def example(names: list[str], generator: torch.Generator) -> list[Tensor]:
     return made
 
 
+def _side_by_side(drawer: Drawer, parts: list[Any]) -> Any:
+    """One tensor of the last parts; as many of them as are not together as wide as the batch is long."""
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        return drawer.r("cat.default", parts, 1)
+    except UnusableError:
+        return _side_by_side(drawer, parts[1:])
+
+
 def returned(drawer: Drawer, chance: random.Random, only: int | None) -> Any:
     """What the program returns: a tensor, a tuple or a dict, sometimes an input, a number or nothing among it."""
     pool = drawer.pool
@@ -113,7 +123,7 @@ def returned(drawer: Drawer, chance: random.Random, only: int | None) -> Any:
     tail = late[-4:]
     parts = [drawer.r("flatten.using_ints", drawer.rows(n), 1) if val(n).ndim > 1 else n for n in tail]
     parts = [p if val(p).ndim > 1 else drawer.r("unsqueeze.default", p, 1) for p in parts]
-    both = parts[0] if len(parts) == 1 else drawer.r("cat.default", parts, 1)
+    both = _side_by_side(drawer, parts)
     score = drawer.r("linear.default", both, drawer.r.weight(1, int(val(both).shape[1])))
     form = chance.randrange(6)
     if form == 0:
