@@ -38,6 +38,14 @@ def in_order(graph: Graph) -> None:
         node.replace_input_with(node.all_input_nodes[0], x)
 
 
+def ordered(graph: Graph) -> Graph:
+    """A copy that draws in the order of the original."""
+    copied = Graph()
+    copied.output(copied.graph_copy(graph, {}))
+    in_order(copied)
+    return copied
+
+
 def draws(node: Node) -> bool:
     """Whether a node draws random numbers, as it is called here."""
     if not isinstance(node.target, OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags:

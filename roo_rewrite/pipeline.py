@@ -24,6 +24,7 @@ from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
 import passes.annotate
+import passes.drawn
 import passes.hoist
 import passes.lower
 import passes.mask_gain
@@ -198,7 +199,8 @@ def _stages(
     if not options.check:
         return lambda stage, graph, level: None
     batch = draw_batch(inputs, example, [2, 0, 3], torch.Generator().manual_seed(0))
-    return Stages(lambda: furnished(original, captured, name), captured, batch, inputs, name).after
+    stages = Stages(lambda: furnished(original, captured, name), captured, batch, inputs, name)
+    return lambda stage, graph, level: stages.after(stage, passes.drawn.ordered(graph), level)
 
 
 def _note_masks(

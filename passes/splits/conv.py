@@ -61,9 +61,11 @@ def _windows(s: Splitter, app: Application, x: Form, weight: Node, bias: Node | 
 
 def _beside(s: Splitter, app: Application, x: Blocks) -> Form | None:
     """Part by part: a run of windows that see the request's entries alone, then a run of those that do not."""
+    if not is_mixed(x):
+        return None
     shape = s.plain(app).shape
     found = _padded(app, x)
-    if found is None or not is_mixed(x):
+    if found is None:
         return None
     app, x = found
     at = x.dim - 2

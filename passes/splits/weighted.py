@@ -116,20 +116,23 @@ def inside(s: Splitter, atom: Atom, n: int) -> bool:
 def _summed(atom: Atom) -> tuple[Node, Node, int] | None:
     """(weights, the request's parts, dim) of an atom that is a weighted sum: weights are 1 wide where it is mapped."""
     node = atom.node
-    if node.target is not aten.sum.dim_IntList or len(node.args) > 2 or node.kwargs or len(node.args[1]) != 1:  # type: ignore[arg-type]
+    if node.target is not aten.sum.dim_IntList or len(node.args) > 2 or node.kwargs:
         return None
-    product, dim = node.args[0], node.args[1][0]  # type: ignore[index]
+    product, dims = node.args
+    dim: Any = dims[0] if isinstance(dims, (list, tuple)) and len(dims) == 1 else dims
+    if not isinstance(dim, int):
+        return None
     if not isinstance(product, Node) or product.target is not aten.mul.Tensor or atom.index is not None:
         return None
     shape = tuple(product.meta["val"].shape)
-    dim %= len(shape)  # type: ignore[operator]
+    dim %= len(shape)
     for weights, parts in (product.args[:2], product.args[1::-1]):
         if not isinstance(weights, Node) or not isinstance(parts, Node) or dim in (0, len(shape) - 1):
             continue
         thin = same_shape(weights.meta["val"].shape, (*shape[:-1], 1)) and same_shape(parts.meta["val"].shape, shape)
         sides = [provenance(Whole(f)) for f in (weights, parts)]
         if thin and sides[0] is Provenance.IMPRESSION and sides[1] is not Provenance.IMPRESSION:
-            return weights, parts, int(dim)
+            return weights, parts, dim
     return None
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
+import roo_rewrite as roo
 from passes.drawn import in_order
 
 aten = torch.ops.aten
@@ -63,3 +64,20 @@ def test_what_draws_nothing_is_left_alone(more: tuple[Any, ...]) -> None:
     before = str(graph)
     in_order(graph)
     assert str(graph) == before
+
+
+class Noisy(nn.Module):
+    """Noise in the shape, and the order, of a value of the request that lies the other way round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return torch.rand_like(torch.relu(self.a(u)).T).T * x
+
+
+def test_the_check_after_each_pass_draws_in_the_traced_order() -> None:
+    u, x = torch.randn(2, 5, 4)
+    spec = roo.FeatureSpec(request=["u"], impression=["x"])
+    roo.rewrite(Noisy(), (u, x), spec=spec, check=True)
