@@ -74,7 +74,8 @@ def _masked(captured: Captured, before: Graph, masks: Mapping[tuple[int, ...], T
         if node.op == "output":
             graph.output(torch.fx.map_arg(node.args[0], made.__getitem__))
             continue
-        found = literals.get(_scores(node))
+        size = _scores(node)
+        found = None if size is None else literals.get(size)
         if found is not None and node.target is aten.softmax.int:
             filled = graph.call_function(aten.masked_fill.Scalar, (made[node.args[0]], found[1], float("-inf")))
             filled.meta = dict(node.args[0].meta)
@@ -95,12 +96,15 @@ def _literal(captured: Captured, graph: Graph, mode: Any, value: Tensor) -> Node
     return made
 
 
-def _scores(node: Node) -> Any:
-    """Rows and columns of the scores of an attention."""
-    if node.target is aten.softmax.int and node.meta["val"].ndim > 2:
-        last = node.args[1] in (-1, node.meta["val"].ndim - 1)
-        return tuple(node.meta["val"].shape[-2:]) if last else None
-    if node.target is aten.scaled_dot_product_attention.default:
-        query, key = (n.meta["val"].shape for n in node.args[:2])  # type: ignore[union-attr]
-        return query[-2], key[-2]
-    return None
+def _scores(node: Node) -> tuple[int, int] | None:
+    """Rows and columns of the scores of an attention; None where they are not of fixed size."""
+    sizes: tuple[Any, ...] = ()
+    if (
+        node.target is aten.softmax.int
+        and node.meta["val"].ndim > 2
+        and node.args[1] in (-1, node.meta["val"].ndim - 1)
+    ):
+        sizes = tuple(node.meta["val"].shape[-2:])
+    elif node.target is aten.scaled_dot_product_attention.default:
+        sizes = tuple(n.meta["val"].shape[-2] for n in node.args[:2])  # type: ignore[union-attr]
+    return sizes if sizes and all(isinstance(s, int) for s in sizes) else None
