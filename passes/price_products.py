@@ -58,9 +58,9 @@ def _product(price: Price, node: Node) -> float:
     (first, second, out), x, y = found
     size = {**dict(zip(first, x.meta["val"].shape)), **dict(zip(second, y.meta["val"].shape))}
     both = [c for c in first if c in second]
-    m, n = (math.prod(hint(size[c]) for c in names if c not in both) for names in (first, second))
-    k = math.prod(hint(size[c]) for c in both if c not in out)
     side = node.meta[PROVENANCE]
+    m, n = (price.rows([size[c] for c in names if c not in both], side) for names in (first, second))
+    k = math.prod(hint(size[c]) for c in both if c not in out)
     matrices = price.rows([size[c] for c in both if c in out], side)
     early = [f for f in (x, y) if f.meta[PROVENANCE] is not side]
     if not early:

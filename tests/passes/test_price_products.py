@@ -15,7 +15,7 @@ from passes.price import Price
 from passes.price_products import spent
 from passes.split import Split, split
 from roo_rewrite.capture import Captured
-from roo_rewrite.cost import CPU
+from roo_rewrite.cost import CPU, NOMINAL_IMPRESSIONS
 
 Function = Callable[..., Any]
 HEADS = "haid,hajd->haij"
@@ -75,6 +75,22 @@ def test_small_products_are_slower_than_their_flops_and_each_costs() -> None:
     assert price.batched(1, 4, 4, 4) > 10 * flops
     assert price.batched(100, 4, 4, 4) == pytest.approx(100 * price.batched(1, 4, 4, 4))
     assert price.batched(1, 40, 4, 4) < 10 * price.batched(1, 4, 4, 4)  # rows of one matrix, not of ten
+
+
+def test_rows_of_a_batch_are_priced_at_the_nominal_batch(captured: Function) -> None:
+    trace, _ = split_of(captured, lambda m, u, x: torch.einsum("bi,eio->beo", x.exp(), torch.ones(3, 4, 5)), 16.0)
+    product = next(n for n in trace.graph.nodes if "einsum" in str(n.target))
+    flops = 2 * NOMINAL_IMPRESSIONS * 3 * 4 * 5 / CPU.flops_per_ns
+    assert spent(Price(CPU, 16.0, trace.batch, "priced"), product) > flops
+
+
+def test_experts_in_one_einsum_are_taken_apart(captured: Function) -> None:
+    def experts(m: Any, u: Tensor, x: Tensor) -> Tensor:
+        both = torch.cat([u.repeat(1, 16), x.repeat(1, 16)], 1).exp()
+        return torch.einsum("bi,eio->beo", both, torch.ones(3, 128, 16))
+
+    _, found = split_of(captured, experts, 16.0)
+    assert [c.taken for c in found.candidates if "einsum" in c.what] == [True]
 
 
 def test_a_view_costs_nothing_and_a_copy_what_it_reads_and_writes(captured: Function) -> None:
