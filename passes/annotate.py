@@ -29,10 +29,10 @@ from torch.fx import Node
 
 import roo_rewrite.rules  # noqa: F401 - registers the rules
 from passes.first_draw import first_draw, of_no_row
-from passes.functionalize import EFFECT
 from roo_rewrite.capture import Captured
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import (
+    EFFECT,
     META,
     Annotation,
     Batching,

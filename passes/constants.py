@@ -9,8 +9,8 @@ import torch.fx
 from torch import Tensor
 from torch.fx import Node
 
-from passes.functionalize import EFFECT
 from roo_rewrite.capture import Captured
+from roo_rewrite.facts import EFFECT
 
 _LIMIT = 1 << 22
 

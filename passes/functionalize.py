@@ -24,9 +24,9 @@ from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from passes.traced import traced
+from roo_rewrite.facts import EFFECT
 from roo_rewrite.ops.norm import weighted_batch_norm
 
-EFFECT = "roo_effect"
 aten = torch.ops.aten
 
 # In-place ops that change the shape of the tensor object only: views by another name.

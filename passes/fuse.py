@@ -22,7 +22,7 @@ from torch.fx import Graph, Node
 
 from passes.functionalize import keeps
 from passes.mixed_rate import Layouts, is_broadcast
-from passes.normalize import AUTOCAST
+from roo_rewrite.facts import AUTOCAST, SIDE
 from roo_rewrite.facts import META as ANNOTATION
 from roo_rewrite.ops.accumulate import linear_onto
 from roo_rewrite.ops.broadcast import jagged_broadcast
@@ -30,7 +30,6 @@ from roo_rewrite.ops.conv import pointwise_conv
 from roo_rewrite.ops.mixed_rate import jagged_apply
 
 aten = torch.ops.aten
-SIDE = "roo_side"
 
 # Ops whose result is new memory that their backward does not read.
 FRESH = {

@@ -29,7 +29,18 @@ from passes.annotate import EXTREME, WEIGHTED
 from passes.functionalize import keeps
 from passes.partition import Partition
 from roo_rewrite.capture import Captured
-from roo_rewrite.facts import Lengths, Offsets, Provenance, Ragged, Replicated, Rows, Size, annotation, computed_lengths
+from roo_rewrite.facts import (
+    SIDE,
+    Lengths,
+    Offsets,
+    Provenance,
+    Ragged,
+    Replicated,
+    Rows,
+    Size,
+    annotation,
+    computed_lengths,
+)
 from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import jagged_broadcast, jagged_select, request_of
@@ -37,7 +48,6 @@ from roo_rewrite.ops.extreme import rows_seen
 from roo_rewrite.ops.norm import weighted_batch_norm
 
 aten = torch.ops.aten
-SIDE = "roo_side"
 COUNTS = "num_impressions"
 
 

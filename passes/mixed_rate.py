@@ -18,13 +18,12 @@ from torch.fx import Graph, Node
 
 from passes.functionalize import keeps
 from passes.traced import traced
-from roo_rewrite.facts import Provenance
+from roo_rewrite.facts import SIDE, Provenance
 from roo_rewrite.ops.broadcast import jagged_broadcast
 from roo_rewrite.ops.mixed_rate import jagged_einsum, jagged_layout
 from roo_rewrite.rules.matmul import spelled_out
 
 aten = torch.ops.aten
-SIDE = "roo_side"
 _LETTERS = "bcdefgh"
 
 

@@ -34,12 +34,12 @@ from passes.functionalize import functionalize, is_effect, keeps, mutated
 from passes.pooled_columns import pooled_columns
 from passes.repeated_rows import repeated_rows
 from passes.shifted_softmax import unshifted
-from passes.traced import traced
+from passes.traced import called
 from roo_rewrite.capture import Captured
+from roo_rewrite.facts import AUTOCAST
 from roo_rewrite.guards import BATCH
 
 aten = torch.ops.aten
-AUTOCAST = "roo_autocast"
 
 _ASSERTS = (
     aten._assert_tensor_metadata.default,
@@ -198,8 +198,8 @@ def _matmul(captured: Captured, node: Node) -> Node | None:
 
 
 def _made(captured: Captured, like: Node, target: Any, *args: Any) -> Node:
-    new = captured.graph.call_function(target, args)
-    new.meta = {**like.meta, "val": traced(target, torch.fx.map_arg(args, lambda n: n.meta["val"]))}
+    new = called(captured.graph, target, *args)
+    new.meta = {**like.meta, **new.meta}
     return new
 
 

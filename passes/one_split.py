@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from passes.functionalize import EFFECT, mutated
+from passes.functionalize import mutated
 from passes.traced import traced
+from roo_rewrite.facts import EFFECT, SIDE
 from roo_rewrite.facts import META as ANNOTATION
 
 aten = torch.ops.aten
-SIDE = "roo_side"
 Span = tuple[int, int]
 
 

@@ -25,8 +25,7 @@ def pays(s: Splitter, what: str, whole: Form, parts: Form, built: int) -> bool:
     before, after = (sum(spent(s.price, n) for n in _behind(f, new)) for f in (whole, parts))
     if isinstance(parts, Sum):
         after += (len(parts.terms) - 1) * s.price.move(parts.shape)
-    where = s.builder.origin.name if s.builder.origin is not None else ""
-    return s.price.take(what, before, after, where)
+    return s.take(what, before, after)
 
 
 def _behind(form: Form, new: set[Node]) -> Iterator[Node]:

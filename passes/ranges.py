@@ -19,8 +19,8 @@ from torch.fx import Node
 
 from passes.constants import evaluate
 from passes.forms import is_static, same_size
-from passes.functionalize import EFFECT
 from roo_rewrite.capture import Captured
+from roo_rewrite.facts import EFFECT
 
 aten = torch.ops.aten
 Range = tuple[Tensor, Tensor]
@@ -283,18 +283,16 @@ def _reshaped(walk: _Walk, node: Node) -> Range:
     return low.reshape(shape + list(low.shape)), high.reshape(shape + list(high.shape))
 
 
-@_rule(aten.slice.Tensor, aten.index_select.default)
+@_rule(aten.slice.Tensor)
 def _taken(walk: _Walk, node: Node) -> Range | None:
     low, high = walk.of(node.args[0])
     dim: Any = node.args[1] if len(node.args) > 1 else 0
     if low.shape[dim] == 1:
         return low, high
     rest: list[Any] = list(node.args[2:])
-    if node.target is aten.index_select.default:
-        rest = [evaluate(walk.captured, rest[0])]
     if any(v is None or isinstance(v, Node) for v in rest[:2]):
         return None
-    low, high = (node.target(f, dim, *rest) for f in (low, high))  # type: ignore[operator]
+    low, high = (aten.slice.Tensor(f, dim, *rest) for f in (low, high))
     return low, high
 
 

@@ -30,12 +30,12 @@ from torch.fx import Node
 from passes.build import Builder
 from passes.drawn import draws
 from passes.forms import Form, Reshaped, Whole
-from passes.functionalize import EFFECT, is_effect
-from passes.normalize import AUTOCAST
+from passes.functionalize import is_effect
 from passes.price import Candidate, Price
 from roo_rewrite.capture import Captured
 from roo_rewrite.cost import device_of
 from roo_rewrite.errors import NotRowWise
+from roo_rewrite.facts import AUTOCAST, EFFECT
 
 aten = torch.ops.aten
 Mode = Literal["priced", "always", "never"]
@@ -252,6 +252,10 @@ class Splitter:
         if isinstance(value, Form):
             return self.builder.whole(value)
         return [self.carry_out(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    def take(self, what: str, before: float, after: float) -> bool:
+        """Whether a split of the op that is being walked pays; it is written down under the name of the op."""
+        return self.price.take(what, before, after, self.builder.origin.name if self.builder.origin is not None else "")
 
     def blockwise(self, application: Application) -> Form | list[Form] | None:
         """The op part by part, where a row rule says it may; None where it may not."""

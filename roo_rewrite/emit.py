@@ -16,10 +16,8 @@ import torch.fx
 from torch.fx import Graph, Node
 
 from roo_rewrite.entries import with_entries
-from roo_rewrite.facts import Provenance
+from roo_rewrite.facts import AUTOCAST, SIDE, Provenance
 
-SIDE = "roo_side"
-AUTOCAST = "roo_autocast"
 aten = torch.ops.aten
 
 

@@ -11,7 +11,11 @@ from typing import Any
 
 import torch.fx
 
+# Keys of node.meta: the annotation, the side of a hoisted node, an effect that keeps its place, the autocast around it.
 META = "roo"
+SIDE = "roo_side"
+EFFECT = "roo_effect"
+AUTOCAST = "roo_autocast"
 
 
 class Provenance(enum.IntEnum):

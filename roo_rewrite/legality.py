@@ -8,11 +8,9 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-from roo_rewrite.facts import META, Annotation, CrossRow, Provenance, Replicated, Size
+from roo_rewrite.facts import EFFECT, META, SIDE, Annotation, CrossRow, Provenance, Replicated, Size
 from roo_rewrite.ops.broadcast import jagged_broadcast, jagged_select, request_of
 
-EFFECT = "roo_effect"
-SIDE = "roo_side"
 _CROSSING = (jagged_broadcast, jagged_select, request_of)
 
 

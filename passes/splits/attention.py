@@ -143,8 +143,7 @@ def _pays(s: Splitter, q: Form, k: Blocks, plan: Sequence[tuple[Form, tuple[int,
         side = max([provenance(part), *(provenance(k.parts[j]) for j in seen)])
         keys = sum(k.sizes[j] for j in seen)
         after += 2 * price.product((*q.shape[:-2], rows[1] - rows[0], keys), width, side)
-    where = s.builder.origin.name if s.builder.origin is not None else ""
-    return price.take(f"attention: {len(plan)} query blocks, {len(k.parts)} key blocks", before, after, where)
+    return s.take(f"attention: {len(plan)} query blocks, {len(k.parts)} key blocks", before, after)
 
 
 def _rows(

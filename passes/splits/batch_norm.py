@@ -68,6 +68,5 @@ def _pays(s: Splitter, x: Blocks, pieces: Sequence[tuple[Node, tuple[int, ...]]]
     shapes = [(n.meta["val"].shape, n.meta[PROVENANCE]) for n, _ in pieces]
     before = s.price.move(x.shape)
     after = sum(s.price.move(shape, side) for shape, side in shapes) + s.price.start(3 * (len(pieces) - 2))
-    where = s.builder.origin.name if s.builder.origin is not None else ""
     channels = sum(int(shape[1]) for shape, side in shapes if side is not Provenance.IMPRESSION)
-    return s.price.take(f"batch norm: {channels} of {x.shape[1]} channels per request", before, after, where)
+    return s.take(f"batch norm: {channels} of {x.shape[1]} channels per request", before, after)

@@ -116,8 +116,7 @@ def _pays(
     after += sum(price.move(p.shape, side) for p, side in zip(pieces, sides))
     after += price.move(shape) + price.start(2 * len(pieces))
     per_request = sum(n for n, side in zip(counts, sides) if side is not Provenance.IMPRESSION)
-    where = s.builder.origin.name if s.builder.origin is not None else ""
-    return price.take(f"conv: {per_request} of {sum(counts)} windows per request", before, after, where)
+    return s.take(f"conv: {per_request} of {sum(counts)} windows per request", before, after)
 
 
 def _along(option: Any, at: int) -> Any:

@@ -62,8 +62,7 @@ def _pays(s: Splitter, app: Application, x: Blocks) -> bool:
     out = s.plain(app).shape
     before = s.price.move(x.shape)
     after = sum(s.price.move(shape, side, 4.0) for shape, side in sides) + 6 * s.price.move(out) + s.price.start(12)
-    where = s.builder.origin.name if s.builder.origin is not None else ""
-    return s.price.take(f"{str(app.target).split('.')[1]} of each side", before, after, where)
+    return s.take(f"{str(app.target).split('.')[1]} of each side", before, after)
 
 
 @handles("aten.logsumexp.default")

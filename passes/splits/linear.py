@@ -132,10 +132,9 @@ def _pays(
     if factors:  # statistics of each side, in place of those of the whole rows
         after += sum(3 * price.move((*g.lead, g.inner), g.side) for g in products)
         after += 2 * price.move(shape) * len(factors) + price.start(12)
-    where = s.builder.origin.name if s.builder.origin is not None else ""
     sides = ", ".join(f"{g.inner} of {k} columns per {_unit(g.side)}" for g in products)
     sides += "".join(f", {len(c[1])} with the request's factor in the weight" for cell in cells for c in cell.terms)
-    return price.take(f"linear: {sides}", before, after, where)
+    return s.take(f"linear: {sides}", before, after)
 
 
 def _unit(side: Provenance) -> str:

@@ -53,5 +53,4 @@ def _pays(s: Splitter, x: Blocks, first: int) -> bool:
     before = s.price.move(x.shape, side, 8.0)
     parts = [(p, Provenance.REQUEST if i < first else side) for i, p in enumerate(x.parts)]
     after = sum(s.price.move(p.shape, where, 8.0) for p, where in parts) + s.price.start(10)
-    where = s.builder.origin.name if s.builder.origin is not None else ""
-    return s.price.take(f"recurrence: {sum(steps[:first])} of {sum(steps)} steps per request", before, after, where)
+    return s.take(f"recurrence: {sum(steps[:first])} of {sum(steps)} steps per request", before, after)

@@ -71,9 +71,8 @@ def weighted(s: Splitter, app: Application) -> Form | None:
 def weighted_sum(s: Splitter, app: Application, x: Weighted, dims: Sequence[int]) -> Form | None:
     """Its sum over the cut dim, by the tensors the parts are entries of, if the weights are less to pick than they."""
     dim = x.parts.dim
-    where = s.builder.origin.name if s.builder.origin is not None else ""
     before, after = s.price.move(x.shape), s.price.move(x.inner.shape) + s.price.start(6)
-    if dim not in dims or not s.price.take("sum: weighted parts of both sides", before, after, where):
+    if dim not in dims or not s.take("sum: weighted parts of both sides", before, after):
         return None
     terms = []
     for node, index, places in _entries(s, x.parts):
@@ -109,8 +108,7 @@ def inside(s: Splitter, atom: Atom, n: int) -> bool:
     read = s.price.move(shape, late, 1.0)
     before = s.price.product(tuple(atom.node.meta["val"].shape), numel(shape[1:]), late) + read
     after = s.price.product((*shape[:-1], n), columns, early) + read + n * s.price.move(shape, late) + s.price.start(2)
-    where = s.builder.origin.name if s.builder.origin is not None else ""
-    return s.price.take("linear: inside of a weighted sum of the request's", before, after, where)
+    return s.take("linear: inside of a weighted sum of the request's", before, after)
 
 
 def _summed(atom: Atom) -> tuple[Node, Node, int] | None:

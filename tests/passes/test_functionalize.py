@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from passes.functionalize import EFFECT, functionalize
+from passes.functionalize import functionalize
 from passes.normalize import normalize
+from roo_rewrite.facts import EFFECT
 
 
 def fills(m: Any, u: Any, x: Any) -> Any:

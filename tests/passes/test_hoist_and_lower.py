@@ -11,12 +11,12 @@ import torch
 from torch.fx import Graph
 
 from passes.annotate import Policy, annotate
-from passes.hoist import SIDE, _computable, hoist
+from passes.hoist import _computable, hoist
 from passes.lower import lower
 from passes.normalize import BATCH, normalize
 from passes.partition import Partition, partition
 from roo_rewrite.emit import emit
-from roo_rewrite.facts import Provenance
+from roo_rewrite.facts import SIDE, Provenance
 from roo_rewrite.legality import IllegalGraph, hoisted
 from roo_rewrite.ops.broadcast import jagged_broadcast
 

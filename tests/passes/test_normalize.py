@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from passes.normalize import AUTOCAST, normalize
+from passes.normalize import normalize
+from roo_rewrite.facts import AUTOCAST
 from roo_rewrite.legality import IllegalGraph, normalized
 
 

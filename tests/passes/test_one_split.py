@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node
 
 import roo_rewrite as roo
-from passes.one_split import SIDE, one_split
+from passes.one_split import one_split
+from roo_rewrite.facts import SIDE
 
 aten = torch.ops.aten
 LARGEST = 2**63 - 1
