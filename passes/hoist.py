@@ -30,6 +30,7 @@ from passes.functionalize import keeps
 from passes.partition import Partition
 from roo_rewrite.capture import Captured
 from roo_rewrite.facts import (
+    COUNTS,
     SIDE,
     Lengths,
     Offsets,
@@ -48,7 +49,6 @@ from roo_rewrite.ops.extreme import rows_seen
 from roo_rewrite.ops.norm import weighted_batch_norm
 
 aten = torch.ops.aten
-COUNTS = "num_impressions"
 
 
 def hoist(captured: Captured, inputs: Inputs, plan: Partition) -> Graph:

@@ -18,10 +18,9 @@ from torch.fx import Graph, Node
 
 from passes.drawn import in_order
 from passes.fuse import fuse
-from passes.hoist import COUNTS
 from passes.mixed_rate import Layouts, mixed_rate
 from passes.one_split import one_split
-from roo_rewrite.facts import AUTOCAST, SIDE
+from roo_rewrite.facts import AUTOCAST, COUNTS, SIDE
 from roo_rewrite.ops.broadcast import jagged_broadcast, request_of
 from roo_rewrite.ops.conv import pointwise_conv
 

@@ -16,7 +16,7 @@ import torch.fx
 from torch.fx import Graph, Node
 
 from roo_rewrite.entries import with_entries
-from roo_rewrite.facts import AUTOCAST, SIDE, Provenance
+from roo_rewrite.facts import AUTOCAST, COUNTS, SIDE, Provenance
 
 aten = torch.ops.aten
 
@@ -75,14 +75,14 @@ def split_parts(graph: Graph) -> tuple[Graph, Graph, tuple[str, ...]]:
     nodes = list(graph.nodes)
     early = [n for n in nodes if n.op != "output" and n.meta[SIDE] is not Provenance.IMPRESSION]
     late = [n for n in nodes if n.op == "output" or n.meta[SIDE] is Provenance.IMPRESSION]
-    counts = next(n for n in nodes if n.name == "num_impressions")
+    counts = next(n for n in nodes if n.name == COUNTS)
     crossing = _unique(a for n in late for a in n.all_input_nodes if a in set(early) and a is not counts)
     needs_counts = any(counts in n.all_input_nodes for n in early)
     request, impression = Graph(), Graph()
     mapping: dict[Node, Node] = {}
     for node in early:
         if node.op == "placeholder" and node is counts and not needs_counts:
-            mapping[node] = request.placeholder("num_impressions")
+            mapping[node] = request.placeholder(COUNTS)
         else:
             mapping[node] = request.node_copy(node, mapping.__getitem__)
     request.output(tuple(mapping[n] for n in crossing))

@@ -16,6 +16,7 @@ META = "roo"
 SIDE = "roo_side"
 EFFECT = "roo_effect"
 AUTOCAST = "roo_autocast"
+COUNTS = "num_impressions"  # the placeholder of a request-level graph
 
 
 class Provenance(enum.IntEnum):

@@ -15,15 +15,21 @@ from torch import Tensor
 from roo_rewrite.atoms import has_rows
 from roo_rewrite.calls import check_counts, kind
 from roo_rewrite.errors import InputError
-from roo_rewrite.facts import Provenance
+from roo_rewrite.facts import COUNTS, Provenance
+from roo_rewrite.ops.extreme import rows_seen
 from roo_rewrite.program import Program
 
 if TYPE_CHECKING:
     from roo_rewrite.module import RequestModel
 
+aten = torch.ops.aten
+
 
 class Residuals(dict[str, Tensor]):
-    """What crosses, by name, and the program it was computed by. Pickled, it is a plain dict."""
+    """What crosses, by name, and the program it was computed by. Pickled, it is a plain dict.
+
+    Where the counts went into these values they cross with them.
+    """
 
     program: Program
 
@@ -65,20 +71,41 @@ def request_part(
     if program.emitted is None:
         found = Residuals((a.name, t) for a, t in zip(_of(model, model._inputs.atoms, Provenance.REQUEST), mine))
     else:
-        if counts is None and _counts(program):
+        readers = _counts_read_by(program)
+        if counts is None and readers:
             raise InputError(
                 "the request part knows the whole batch (batch norm in training, the longest history of a batch), "
                 "to which a request without impressions does not belong: pass num_impressions"
             )
         found = Residuals(zip(program.emitted.residuals, program.emitted.request(model, *mine, counts)))
+        if counts is not None and readers:
+            found[COUNTS] = counts.clone()
     found.program = program
     return found
 
 
-def _counts(program: Program) -> bool:
-    assert program.emitted is not None
+def _counts_read_by(program: Program) -> set[Any]:
+    """The functions of the request part that read the counts."""
+    if program.emitted is None:
+        return set()
     graph = program.emitted.parts[0]
-    return any(n.op == "placeholder" and n.name == "num_impressions" and n.users for n in graph.nodes)
+    return {user.target for n in graph.nodes if n.op == "placeholder" and n.name == COUNTS for user in n.users}
+
+
+def _check_counts_kept(program: Program, user: Mapping[str, Tensor], counts: Tensor) -> None:
+    """The counts of the impressions must be those that went into the request part, as far as it read them."""
+    if COUNTS not in user:
+        return
+    kept = user[COUNTS].to(counts)
+    if _counts_read_by(program) <= {rows_seen, aten.sym_size.int}:  # which requests are there, not how often
+        same = torch.equal(kept > 0, counts > 0)
+    else:
+        same = torch.equal(kept, counts)
+    if not same:
+        raise InputError(
+            f"the request part was run with num_impressions={kept.tolist()}, and its values depend on them (batch norm "
+            f"in training, the longest history of the batch); got {counts.tolist()}; run request_part with these counts"
+        )
 
 
 def impression_part(
@@ -100,6 +127,7 @@ def impression_part(
         raise InputError(f"the values of the request part differ in their rows: {sorted(requests)}")
     total, _ = check_counts(counts, next(iter(requests), None), rows)
     counts = counts.to(torch.long)
+    _check_counts_kept(program, user, counts)
     if program.emitted is None or program.captured is None:
         return _broadcast_first(model, program, user, atoms, counts)
     if not program.serves(total):
@@ -134,7 +162,7 @@ def _found(model: RequestModel, user: Mapping[str, Tensor], atoms: Sequence[Tens
     fitting = [
         p
         for p in candidates
-        if set(p.names(model._inputs)) == set(user)
+        if {*p.names(model._inputs), *((COUNTS,) if _counts_read_by(p) else ())} == set(user)
         and p.mode == model._mode()
         and p.holds(model)
         and _of(model, p.kinds, Provenance.IMPRESSION) == kinds

@@ -126,6 +126,33 @@ def test_batch_norm_in_training_needs_the_counts() -> None:
         made.impression_part(user, x, num_impressions=COUNTS), truth(u.repeat_interleave(COUNTS, 0), x)
     )
 
+    for stored in (user, pickle.loads(pickle.dumps(user))):
+        with pytest.raises(roo.RooError, match=r"num_impressions=\[2, 0, 3\], and its values depend on them"):
+            made.impression_part(stored, x, num_impressions=torch.tensor([1, 1, 3]))
+    made.eval()
+    user = made.request_part(u, num_impressions=COUNTS)  # no value depends on them: serve as many as you like
+    made.impression_part(user, x, num_impressions=torch.tensor([1, 1, 3]))
+
+
+class Longest(nn.Module):
+    """How many entries a history has shows in the widest of the batch."""
+
+    def forward(self, u: Tensor, n: Tensor, x: Tensor) -> Tensor:
+        return (u.sin().cos() * (n[:, None] / n.max())).sum(-1) * x.sum(-1)
+
+
+def test_an_extreme_of_the_batch_asks_for_the_same_requests_not_the_same_counts() -> None:
+    u, n, x = torch.randn(3, 4, dtype=F64), torch.tensor([2, 5, 3]), torch.randn(5, 4, dtype=F64)
+    spec = roo.FeatureSpec(request=["u", "n"], impression=["x"])
+    example = (torch.randn(6, 4, dtype=F64), torch.arange(1, 7), torch.randn(6, 4, dtype=F64))
+    made = roo.rewrite(Longest(), example, spec=spec, fanout=64)
+    user = made.request_part(u, n, num_impressions=COUNTS)
+    other = torch.tensor([4, 0, 1])
+    want = Longest()(u.repeat_interleave(other, 0), n.repeat_interleave(other), x)
+    torch.testing.assert_close(made.impression_part(user, x, num_impressions=other), want)
+    with pytest.raises(roo.RooError, match="run request_part with these counts"):
+        made.impression_part(user, x, num_impressions=torch.tensor([2, 1, 2]))
+
 
 class Temperature(nn.Module):
     def __init__(self) -> None:
