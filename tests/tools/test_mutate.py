@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -31,7 +34,7 @@ def unused():
     return 3
 """
 FILES = {
-    "pytest.ini": "[pytest]",
+    "pytest.ini": "[pytest]\nfilterwarnings = error",
     "passes/__init__.py": "",
     "passes/larger.py": CODE,
     "tests/passes/test_one.py": """
@@ -84,7 +87,7 @@ def judged(tree: Path) -> Judge:
 
         def work() -> str:
             judge.forget(tree)
-            pytest.main([*judge.PLAIN, "tests"], plugins=[judge.Collected(ask)])
+            pytest.main([*reach.PLAIN, "tests"], plugins=[judge.Collected(ask)])
             return json.dumps([asdict(f) for f in found])
 
         return [seeds.Fault(**f) for f in json.loads(judge.forked(tree, work, 100))]
@@ -133,18 +136,21 @@ def test_what_the_budget_leaves_is_counted(judged: Judge) -> None:
 
 def test_tests_are_found_by_the_lines_that_they_run(tree: Path) -> None:
     kept = tree / "reach.json"
-
-    def made() -> str:
-        judge.forget(tree)
-        reach.measure(tree, ("passes",), ("tests",)).write(kept)
-        return "made"
-
-    assert judge.forked(tree, made, 100) == "made"
+    code = (
+        "import hypothesis, pathlib, sys; from tools.mutate import reach; sys.path.insert(0, '.');"
+        "reach.measure(pathlib.Path.cwd(), ('passes',), ('tests',)).write(pathlib.Path('reach.json'))"
+    )  # the command has imported hypothesis too
+    run = [sys.executable, "-c", code]
+    subprocess.run(run, cwd=tree, env={**os.environ, "PYTHONPATH": str(program.ROOT)}, check=True)
     found = reach.read(kept)
     assert found.seconds.keys() == {*LARGER, EQUAL, "tests/passes/test_one.py::test_of_something_else"}  # those green
     for line in (4, 6, 7, 9):  # a constant and a signature are of those that run the function
         assert set(found.tests("passes/larger.py", CODE, line)) == {*LARGER, EQUAL}, line
     assert not found.tests("passes/larger.py", CODE, 13)
+
+
+def test_a_child_that_raises_says_why(tree: Path) -> None:
+    assert "ZeroDivisionError" in judge.forked(tree, lambda: str(1 / 0), 100)
 
 
 def test_one_case_of_each_test_comes_first() -> None:

@@ -27,8 +27,8 @@ from hypothesis import Phase, settings
 from rich.console import Console
 from rich.table import Table
 
-from tools.mutate.judge import PLAIN, Collected, Items, forked, judge
-from tools.mutate.reach import Reach, measure, read
+from tools.mutate.judge import Collected, Items, forked, judge
+from tools.mutate.reach import PLAIN, Reach, measure, read
 from tools.mutate.seeds import Fault, draw
 
 ROOT = Path(__file__).parents[2]
@@ -65,8 +65,8 @@ def mapped(tree: Path, kept: Path) -> Reach:
             measure(tree, SUBJECTS, suite(tree)).write(kept)
             return "made"
 
-        if forked(tree, made, HOURS) != "made":
-            raise click.ClickException("the suite could not be run under coverage: run pytest in the tree to see why")
+        if (answer := forked(tree, made, HOURS)) != "made":
+            raise click.ClickException(f"the suite of {tree} could not be run under coverage: {answer}")
     return read(kept)
 
 

@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +21,12 @@ from types import CodeType, FunctionType
 import pytest
 import torch
 
-from tools.mutate.reach import enclosing, first_line, imported
+from tools.mutate.reach import PLAIN, enclosing, first_line, imported
 from tools.mutate.seeds import Fault
 
 COLD = ("roo_rewrite", "passes", "tools", "tests")
 GREEN = (pytest.ExitCode.OK, pytest.ExitCode.INTERRUPTED)  # all of them passed, or those that the budget allowed
 HANGS = 90  # seconds of CPU past the budget
-PLAIN = ("-q", "-s", "--assert=plain", "-p", "no:cacheprovider")
 Items = Mapping[str, pytest.Item]
 
 
@@ -94,7 +94,7 @@ def forget(tree: Path) -> None:
 
 
 def forked(tree: Path, work: Callable[[], str], limit: float) -> str:
-    """What `work` answers in a child that stands in the tree; how the child ended where it did not."""
+    """What `work` answers in a child that stands in the tree; what it raised, or how it ended, where it did not."""
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -103,6 +103,8 @@ def forked(tree: Path, work: Callable[[], str], limit: float) -> str:
             settle(tree, limit)
             os.write(writer, work().encode())
             code = 0
+        except Exception:
+            os.write(writer, f"{traceback.format_exc()}\t0".encode())
         finally:
             os._exit(code)
     os.close(writer)
@@ -168,7 +170,7 @@ def judge(tree: Path, text: str, fault: Fault, names: Sequence[str], items: Item
         return f"{chosen.failed}\t{chosen.ran}"
 
     try:
-        failed, ran = forked(tree, asked, budget + HANGS).split("\t")
+        failed, ran = forked(tree, asked, budget + HANGS).rsplit("\t", 1)
     finally:
         target.write_text(original)
         os.utime(target, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))

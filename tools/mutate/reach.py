@@ -13,6 +13,7 @@ from pathlib import Path
 import coverage
 import pytest
 
+PLAIN = ("-q", "-s", "--assert=plain", "-p", "no:cacheprovider")
 OF_IMPORTS = "tests/rules/test_registry.py"  # holds what the imports of all rules leave behind
 
 
@@ -141,7 +142,7 @@ def measure(root: Path, subjects: Sequence[str], tests: Sequence[str]) -> Reach:
     watch = Watch(measured)
     measured.start()
     try:
-        pytest.main(["-q", "-p", "no:cacheprovider", *tests], plugins=[watch])
+        pytest.main([*PLAIN, *tests], plugins=[watch])
     finally:
         measured.stop()
     seconds = {name: took for name, took in watch.seconds.items() if name not in watch.failed}
