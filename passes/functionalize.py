@@ -35,6 +35,9 @@ _RESHAPING = {"unsqueeze_", "squeeze_", "t_", "transpose_", "detach_", "swapaxes
 _UPDATING = {aten.batch_norm.default, aten.instance_norm.default, weighted_batch_norm}
 # Views that their schema does not call so.
 _SILENT_VIEWS = {aten.meshgrid.default, aten.meshgrid.indexing, aten.broadcast_tensors.default}
+# Ops that return their operand itself where it already is what they ask for; `type_as` without a word in its schema.
+_CASTS = {aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.to.other, aten.type_as.default}
+_UNLESS_IT_IS = {*_CASTS, aten.contiguous.default}
 
 
 def functionalize(graph: Graph) -> None:
@@ -99,8 +102,8 @@ def viewed(node: Node) -> Node | None:
         return None
     if node.target in _SILENT_VIEWS:
         return node.all_input_nodes[0]
-    if _copies(node):
-        return None
+    if node.target in _UNLESS_IT_IS:
+        return None if _copies(node) else node.all_input_nodes[0]
     for argument, value in zip(node.target._schema.arguments, node.args):
         alias = argument.alias_info
         if alias is not None and not alias.is_write and isinstance(value, Node):
@@ -110,10 +113,15 @@ def viewed(node: Node) -> Node | None:
 
 def _copies(node: Node) -> bool:
     """Whether an op that returns its operand where it can has to copy here."""
-    if node.target not in (aten.to.dtype, aten.contiguous.default) or not isinstance(node.args[0], Node):
-        return False
-    before, after = node.args[0].meta["val"], node.meta["val"]
-    return bool(before.dtype != after.dtype or before.stride() != after.stride())
+    before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    same = (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
+    return not same or _asked(node, "copy")
+
+
+def _asked(node: Node, flag: str) -> bool:
+    assert isinstance(node.target, OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    return bool({**dict(zip(names, node.args)), **node.kwargs}.get(flag, False))
 
 
 def mutated(node: Node) -> list[Node]:
@@ -248,7 +256,9 @@ def _inverse(graph: Graph, view: Node, new: Node, x: Node) -> Node | None:
             | "aten.squeeze.dims"
         ):
             return _call(graph, aten.reshape_as.default, (new, x), {}, x)
-        case "aten.alias.default" | "aten.to.dtype" | "aten.contiguous.default":
+        case "aten.alias.default":
+            return new
+        case _ if view.target in _UNLESS_IT_IS:
             return new
         case "aten.detach.default" if not _has_history(x):
             return new

@@ -150,3 +150,32 @@ def test_a_write_through_detach_leaves_the_gradient(captured: Callable[..., Any]
     trace, _ = captured(function)
     normalize(trace)
     assert any(name.startswith("mul_") for name in marked(trace.graph))
+
+
+CASTS: dict[str, tuple[Callable[[Any], Any], bool]] = {
+    "to a device": (lambda y: y.to(torch.device("cpu")), True),
+    "to a device and dtype": (lambda y: y.to(torch.device("cpu"), torch.float32), True),
+    "to what another is": (lambda y: y.to(y + 1), True),
+    "as another": (lambda y: y.type_as(y + 1), True),
+    "asked for a copy": (lambda y: y.to(torch.device("cpu"), torch.float32, copy=True), False),
+    "to another dtype": (lambda y: y.to(torch.device("cpu"), torch.float64), False),
+    "as one of another dtype": (lambda y: y.type_as(y.double()), False),
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_a_cast_is_its_operand_where_it_has_nothing_to_do(name: str, captured: Callable[..., Any]) -> None:
+    cast, alias = CASTS[name]
+
+    def function(m: Any, u: Any, x: Any) -> Any:
+        y = u * 2
+        cast(y).mul_(3)
+        return y + x
+
+    trace, _ = captured(function)
+    functionalize(trace.graph)
+    assert not any(EFFECT in n.meta for n in trace.graph.nodes)
+    u, x = torch.randn(2, 3, 4)
+    names = [n.name for n in trace.graph.nodes if n.op == "placeholder"]
+    (found,) = torch.fx.Interpreter(torch.fx.GraphModule({}, trace.graph)).run(*[u, x][: len(names)])
+    assert torch.equal(found, (6 if alias else 2) * u + x)
