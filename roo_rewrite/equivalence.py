@@ -7,7 +7,6 @@ judged by its distance to the float64 truth, relative to the original's own dist
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from roo_rewrite.closeness import compact, compare, gradients_differ, together, tolerance
+from roo_rewrite.copies import deep
 from roo_rewrite.errors import EquivalenceError, InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
@@ -99,7 +99,7 @@ def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, s
 
 def _verified(original: nn.Module, rewritten: RequestModel, batches: int, seed: int, double: bool) -> bool:
     """Whether the original could run on any of the drawn batches. Raises EquivalenceError if a result differs."""
-    truth, other = duplicate(original), copy.deepcopy(rewritten)
+    truth, other = duplicate(original), deep(rewritten)
     truth.train(rewritten.training)
     inputs, example = rewritten._inputs, list(rewritten._example[0])
     if double:

@@ -8,7 +8,6 @@ and named; nothing is written where none is.
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
 import re
@@ -29,6 +28,7 @@ from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
 from roo_rewrite.closeness import compare
+from roo_rewrite.copies import deep
 from roo_rewrite.equivalence import draw_batch
 from roo_rewrite.errors import EmitError
 from roo_rewrite.facts import Provenance
@@ -130,7 +130,7 @@ def _loaded(model: RequestModel, path: Path) -> nn.Module:
     """The model of a file just written, its leaves copied from the model."""
     try:
         written = runpy.run_path(str(path), run_name="model")
-        leaves = {p: copy.deepcopy(model.get_submodule(p)) for p in written["LEAVES"]}
+        leaves = {p: deep(model.get_submodule(p)) for p in written["LEAVES"]}
         made: nn.Module = written["load"](leaves=leaves).train(model.training)
     except Exception as e:
         raise EmitError(f"the file does not load: {_brief(e)}") from e

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ from roo_rewrite.calls import (
     without_empty,
 )
 from roo_rewrite.capture import Captured
+from roo_rewrite.copies import deep
 from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
@@ -119,7 +119,7 @@ class RequestModel(nn.Module):
         if self._outlook.changed():
             self._renew()
         memo[id(self._outlook)] = None
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        made.__dict__.update(deep(self.__dict__, memo))
         made.__dict__["_outlook"] = self._outlook.of(made._original)
         return made
 

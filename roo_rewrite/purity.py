@@ -7,7 +7,6 @@ remembers is not traced: the original runs, and remembers.
 from __future__ import annotations
 
 import contextlib
-import copy
 import random
 import sys
 import warnings
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roo_rewrite.copies import deep
 from roo_rewrite.errors import CaptureError
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -35,7 +35,7 @@ def twin(model: nn.Module) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            copied = copy.deepcopy(model, memo)
+            copied = deep(model, memo)
     except Exception as e:
         raise CaptureError(f"the model cannot be copied, so not be tried out: {type(e).__name__}: {e}") from e
     assert isinstance(copied, nn.Module)
@@ -44,7 +44,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 def duplicate(model: nn.Module) -> nn.Module:
     """A copy of `model`, parameters included."""
-    made = copy.deepcopy(model, {id(t): t for t in kept(model)})
+    made = deep(model, {id(t): t for t in kept(model)})
     assert isinstance(made, nn.Module)
     return made
 

@@ -15,7 +15,6 @@ batch, run once per call on either side. Linearity and expands may regroup a pro
 
 from __future__ import annotations
 
-import copy
 import importlib
 import importlib.util
 import json
@@ -35,6 +34,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from roo_rewrite.copies import deep
 from roo_rewrite.errors import InputError, RooError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec
@@ -193,7 +193,7 @@ def products(model: nn.Module, inputs: Inputs, atoms: Sequence[Tensor], runs: in
     rows = inputs.rows(atoms, Provenance.IMPRESSION)
     if rows is None or rows < runs:
         raise InputError(f"the bound moves {runs} runs' impressions round: give an example of {runs} rows, not {rows}")
-    model = copy.deepcopy(model).eval()
+    model = deep(model).eval()
     seen: list[Product] = []
     for run in range(runs):
         moved = inputs.select(atoms, torch.arange(rows).roll(run), [Provenance.IMPRESSION])
