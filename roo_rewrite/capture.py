@@ -30,7 +30,8 @@ from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outer
 from roo_rewrite.methods import Leaf, Unfit, confirm, failed_in, named
 from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.packed import padded_sequences
-from roo_rewrite.purity import random_kept, twin, untraceable
+from roo_rewrite.purity import DRAWS, random_kept, twin, untraceable
+from roo_rewrite.python_draws import drop_unread, symbolic_draws
 from roo_rewrite.swallowed import same_way, watched
 from roo_rewrite.tracing import (
     DataDetached,
@@ -119,7 +120,7 @@ def capture(
     """
     batch = trace_batch(model, atoms)
     example = trace_rows(inputs, atoms, batch)
-    _pure(model, inputs, example, statics)
+    drawn = _pure(model, inputs, example, statics)
     asked = outermost(leaves)
     chosen, notes, unfit = list[Leaf](asked), dict[Leaf, str](), set[Leaf]()
     seeking = False
@@ -127,7 +128,7 @@ def capture(
         copied = twin(model)
         try:
             with sizes_kept() if seeking else contextlib.nullcontext():
-                captured = _export(copied, inputs, example, statics, chosen, batch)
+                captured = _export(copied, inputs, example, statics, chosen, batch, drawn=drawn)
         except Unfit as e:
             if e.leaf not in notes:
                 raise
@@ -137,7 +138,7 @@ def capture(
         except CaptureError:
             raise
         except Exception as e:  # whatever user code raises while it is traced
-            if not attempt and not chosen and python_only(e):
+            if not attempt and not chosen and not drawn and python_only(e):
                 interpreted = _interpreted(model, inputs, example, statics, batch)
                 if interpreted is not None:
                     return interpreted
@@ -164,7 +165,9 @@ def _used(leaf: Leaf, sites: list[LeafSite]) -> bool:
     return any(leaf == site.leaf() for site in sites)
 
 
-def _pure(model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any]) -> None:
+def _pure(model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any]) -> int:
+    """How many numbers a call draws from Python's generator. Raises CaptureError where one trace cannot do."""
+
     def call(order: Tensor) -> Callable[[nn.Module], list[Tensor]]:
         def run(copied: nn.Module) -> list[Tensor]:
             args, kwargs = inputs.unflatten(inputs.select(example, order, _BOTH), Provenance.IMPRESSION, statics)
@@ -175,13 +178,14 @@ def _pure(model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequ
     rows = inputs.rows(example, Provenance.IMPRESSION) or inputs.rows(example, Provenance.REQUEST) or 0
     other = torch.randint(rows, (rows,), generator=torch.Generator().manual_seed(3))
     try:
-        reason = untraceable(model, call(torch.arange(rows)), call(other))
+        reason, drawn = untraceable(model, call(torch.arange(rows)), call(other))
     except CaptureError:
         raise
     except Exception as e:
         raise CaptureError(f"the model fails on {rows} rows: {brief(e)}") from e
     if reason is not None:
         raise CaptureError(reason)
+    return drawn
 
 
 def _interpreted(
@@ -201,6 +205,7 @@ def _export(
     leaves: Sequence[Leaf],
     batch: int,
     strict: bool = False,
+    drawn: int = 0,
 ) -> Captured:
     sites, paths = list[LeafSite](), [p for p in leaves if isinstance(p, str)]
     with watched() as run:
@@ -221,11 +226,14 @@ def _export(
             around.enter_context(symbolic_len())
             around.enter_context(padded_sequences())
             around.enter_context(DataDetached())
+            draws = around.enter_context(symbolic_draws())
         program = without_vmap(torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict))
     if not strict:
         same_way(run, trace)
         out_values, out_tree = adapter.returned
     graph, constants = _unlifted(program)
+    if drawn and (sites or draws.count != drawn or not drop_unread(graph)):
+        raise CaptureError(DRAWS)
     symbols = _batch_symbols(program, inputs, graph)
     accepts = Guards.of(program, symbols, example, batch)
     return Captured(

@@ -23,7 +23,7 @@ from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import frozen_buffers, tensors_of
 from roo_rewrite.noise import SHAKES, SteadyNoise, judged, shaken, steadied
 from roo_rewrite.ops.broadcast import request_of
-from roo_rewrite.purity import duplicate
+from roo_rewrite.purity import duplicate, seeded
 
 if TYPE_CHECKING:
     from roo_rewrite.module import RequestModel
@@ -264,8 +264,7 @@ class _Drawn:
         args, kwargs = self.inputs.unflatten(atoms, level, self.statics)
         if request:
             kwargs["num_impressions"] = self.batch.counts
-        with torch.random.fork_rng(devices=[]), frozen_buffers(module), torch.set_grad_enabled(self.gradients):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed), frozen_buffers(module), torch.set_grad_enabled(self.gradients):
             outputs = tensors_of(module(*args, **kwargs))
             floats, weights = weighted(outputs, self.seed)
             wanted = [*module.parameters(), *self.batch.atoms]

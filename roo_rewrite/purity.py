@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from roo_rewrite.copies import deep
 from roo_rewrite.errors import CaptureError
+from roo_rewrite.python_draws import counted
 
 _PLAIN = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _OWN = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 _SHOWN = {"training", "in_features", "out_features", "num_embeddings", "embedding_dim", "num_features", "inplace"}
 _LONG = 1000
+DRAWS = "forward draws from Python's or NumPy's random generator"
 
 
 def twin(model: nn.Module) -> nn.Module:
@@ -125,38 +127,56 @@ def random_kept() -> Iterator[None]:
             numpy.random.set_state(saved[1])
 
 
-def untraceable(model: nn.Module, first: Callable[[nn.Module], Any], second: Callable[[nn.Module], Any]) -> str | None:
-    """Why one trace cannot stand for every call of `model`; None where nothing speaks against it.
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seeds torch (CPU), Python and NumPy, and puts their random states back."""
+    numpy = sys.modules.get("numpy")
+    with random_kept():
+        torch.manual_seed(seed)
+        random.seed(seed)
+        if numpy is not None:
+            numpy.random.seed(seed)
+        yield
+
+
+def untraceable(
+    model: nn.Module, first: Callable[[nn.Module], Any], second: Callable[[nn.Module], Any]
+) -> tuple[str | None, int]:
+    """Why one trace cannot stand for every call of `model`; None where nothing speaks against it but the numbers that
+    a call draws from Python's generator, which are counted: they must reach nothing (`python_draws`).
 
     first, second: run a given copy of the model on two different batches, and return what it returned.
     """
     if model._backward_hooks or model._backward_pre_hooks:
-        return "the model has backward hooks of its own"
+        return "the model has backward hooks of its own", 0
     fresh = twin(model)
     with random_kept(), torch.no_grad():
         torch.manual_seed(0)
         before = _generators()
-        ran = _after(model, first)
+        with counted(1):
+            ran = _after(model, first)
         _spoil(ran)
         known, buffers = state(ran), dict(ran.named_buffers())
         versions = [(t, t._version) for t in _tensors(ran)]
         changed = [name for name, value in buffers.items() if name not in dict(model.named_buffers())]
         _load(fresh, buffers)
         torch.manual_seed(0)
-        one = second(ran)
-        if _generators() != before:
-            return "forward draws from Python's or NumPy's random generator"
+        with counted(2) as draws:
+            one = second(ran)
+        if draws.others or _generators() != before:
+            return DRAWS, 0
         torch.manual_seed(0)
-        two = second(fresh)
+        with counted(2):
+            two = second(fresh)
     changed += [n for n, v in state(ran).items() if known.get(n) != v]
     changed += [n for n, b in ran.named_buffers() if b is not buffers.get(n)]
     if any(t._version != version for t, version in versions):
-        return "forward writes into a tensor that is not a buffer"
+        return "forward writes into a tensor that is not a buffer", 0
     if changed:
-        return f"forward keeps state in {changed[0]!r}; make it a buffer that is written in place"
+        return f"forward keeps state in {changed[0]!r}; make it a buffer that is written in place", 0
     if not _same(one, two):
-        return "what forward returns depends on the calls before"
-    return None
+        return "what forward returns depends on the calls before", 0
+    return None, draws.count
 
 
 def _after(model: nn.Module, first: Callable[[nn.Module], Any]) -> nn.Module:
