@@ -197,6 +197,16 @@ def _matmul(captured: Captured, node: Node) -> Node | None:
         return _made(captured, node, aten.unsqueeze.default, product, last)
 
 
+def _take_along(captured: Captured, node: Node) -> Node | None:
+    """Without a dim both are seen as vectors, which torch does by a view that other strides do not allow."""
+    x, index = node.args[:2]
+    if len(node.args) > 2 and node.args[2] is not None:
+        return None
+    with captured.graph.inserting_before(node):
+        x, index = (_made(captured, node, aten.reshape.default, value, [-1]) for value in (x, index))
+        return _made(captured, node, aten.take_along_dim.default, x, index, 0)
+
+
 def _made(captured: Captured, like: Node, target: Any, *args: Any) -> Node:
     new = called(captured.graph, target, *args)
     new.meta = {**like.meta, **new.meta}
@@ -280,6 +290,7 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.squeeze.dim: _squeeze_dim,
     aten.alias.default: _first,
     aten.to.dtype: _same_dtype,
+    aten.take_along_dim.default: _take_along,
     aten.type_as.default: _same_dtype,
     aten.expand.default: _same,
     aten.reshape.default: _same,
