@@ -34,7 +34,7 @@ from roo_rewrite.purity import DRAWS, random_kept, twin, untraceable
 from roo_rewrite.python_draws import drop_unread, symbolic_draws
 from roo_rewrite.swallowed import same_way, watched
 from roo_rewrite.tracing import (
-    DataDetached,
+    Traceable,
     assignments_allowed,
     brief,
     no_lost_calls,
@@ -225,7 +225,7 @@ def _export(
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())
             around.enter_context(padded_sequences())
-            around.enter_context(DataDetached())
+            around.enter_context(Traceable())
             draws = around.enter_context(symbolic_draws())
         program = without_vmap(torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict))
     if not strict:

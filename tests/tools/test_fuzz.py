@@ -68,9 +68,11 @@ def test_a_step_that_holds_for_some_batches_only_is_taken_back(recorder: Recorde
     assert [n.name for n in recorder.graph.nodes] == ["a"]
 
 
-# The last three once ended a pass: a sum over a dim that is no list, a convolution over cuts of impressions alone,
-# scores of an attention as wide as the batch.
-@pytest.mark.parametrize(("seed", "length"), [(0, 5), (1, 5), (9501118, 12), (9501174, 12), (9501740, 12), (1001632, 12)])
+# The last four once ended a pass: a sum over a dim that is no list, a convolution over cuts of impressions alone,
+# scores of an attention as wide as the batch, entries taken by indices that a late expand had left without strides.
+@pytest.mark.parametrize(
+    ("seed", "length"), [(0, 5), (1, 5), (9501118, 12), (9501174, 12), (9501740, 12), (1001632, 12)]
+)
 def test_a_drawn_program_comes_out_equal(seed: int, length: int) -> None:
     steps = runner.drawn_steps(seed, length)
     assert runner.run(steps, seed, "always").kind == "equal"
