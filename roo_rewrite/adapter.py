@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from roo_rewrite.branches import Branches
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
@@ -20,10 +21,11 @@ Returned = tuple[list[Any], pytree.TreeSpec]
 
 
 class Adapter(nn.Module):
-    """The model called on its atoms; remembers the structure of what it returned."""
+    """The model called on its atoms, and the conditions of `branches`; remembers the structure of what it returned."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, statics: Sequence[Any]):
+    def __init__(self, model: nn.Module, inputs: Inputs, statics: Sequence[Any], branches: Branches | None = None):
         super().__init__()
+        self.__dict__["_branches"] = branches
         self.model = model
         self.__dict__["_call"] = (inputs, statics)
         self.__dict__["_out"] = None
@@ -37,7 +39,8 @@ class Adapter(nn.Module):
         args, kwargs = inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
         values, tree = flatten_output(self.model(*args, **kwargs))
         self.__dict__["_out"] = ([v if not isinstance(v, COMPUTED) else COMPUTED_VALUE for v in values], tree)
-        return tuple(v for v in values if isinstance(v, COMPUTED))
+        branches = self.__dict__["_branches"]
+        return (*(v for v in values if isinstance(v, COMPUTED)), *(branches.asked.values() if branches else ()))
 
     @property
     def returned(self) -> Returned:

@@ -9,7 +9,7 @@ which also follows `len(x)`, `int(x.size(0))` and NumPy. What the trace took for
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.export.dynamic_shapes import Dim
 from torch.utils import _pytree as pytree
 
 from roo_rewrite.adapter import Adapter, rehearsed
+from roo_rewrite.branches import Branches, Place, on_data
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.guards import BATCH, Guards
@@ -58,6 +59,8 @@ class Captured:
     accepts: whether a batch of this many rows is one the trace is valid for. model: the copy that was traced.
     assumed: buffers whose values the passes built on (masks, index vectors): see `Program.holds`.
     steady: sizes known only at run time that are the same at both rates -> the node that makes each (`annotate`).
+    branches: where forward asked whether any or all of a mask is true; the graph's last outputs are what it asked.
+    again: the trace that goes the other way at some of them.
     """
 
     model: nn.Module
@@ -74,6 +77,8 @@ class Captured:
     notes: list[str] = field(default_factory=list)
     assumed: dict[str, Tensor] = field(default_factory=dict)
     steady: dict[sympy.Symbol, torch.fx.Node] = field(default_factory=dict)
+    branches: tuple[Place, ...] = ()
+    again: Callable[[Set[Place]], Captured] | None = None
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
         """The flat outputs of the graph in the structure of the original's."""
@@ -112,23 +117,30 @@ def trace_rows(inputs: Inputs, atoms: Sequence[Tensor], batch: int) -> list[Tens
 
 
 def capture(
-    model: nn.Module, inputs: Inputs, atoms: Sequence[Tensor], statics: Sequence[Any], leaves: Sequence[str]
+    model: nn.Module,
+    inputs: Inputs,
+    atoms: Sequence[Tensor],
+    statics: Sequence[Any],
+    leaves: Sequence[str],
+    against: Set[Place] | None = frozenset(),
 ) -> Captured:
     """Traces a copy of `model` in its present mode. A module that cannot be traced becomes a leaf, and is noted.
+
+    against: where the trace takes the less general way of a condition on values (`branches`); None to take neither.
 
     Raises CaptureError when the model cannot be run on the example, or not be traced at all.
     """
     batch = trace_batch(model, atoms)
     example = trace_rows(inputs, atoms, batch)
     drawn = _pure(model, inputs, example, statics)
-    asked = outermost(leaves)
-    chosen, notes, unfit = list[Leaf](asked), dict[Leaf, str](), set[Leaf]()
-    seeking = False
+    chosen, notes, unfit = list[Leaf](outermost(leaves)), dict[Leaf, str](), set[Leaf]()
+    seeking, branching = False, None if against is None else bool(against)
     for attempt in range(48):
         copied = twin(model)
         try:
             with sizes_kept() if seeking else contextlib.nullcontext():
-                captured = _export(copied, inputs, example, statics, chosen, batch, drawn=drawn)
+                asked = Branches(against or frozenset()) if branching else None
+                captured = _export(copied, inputs, example, statics, chosen, batch, drawn=drawn, branches=asked)
         except Unfit as e:
             if e.leaf not in notes:
                 raise
@@ -142,6 +154,9 @@ def capture(
                 interpreted = _interpreted(model, inputs, example, statics, batch)
                 if interpreted is not None:
                     return interpreted
+            if branching is not None and on_data(e):
+                branching = None if branching else True
+                continue
             if size_fixed(e) and not seeking:
                 seeking = True
                 continue
@@ -151,6 +166,7 @@ def capture(
             chosen = [p for p in chosen if not _under(p, leaf)] + [leaf]
             notes[leaf] = f"{named(leaf)} is kept as an opaque leaf: {brief(e)}"
         else:
+            captured.again = lambda places: capture(model, inputs, atoms, statics, leaves, places)
             captured.notes = [text for leaf, text in notes.items() if _used(leaf, captured.sites)]
             return captured
     raise CaptureError("the model needs more than 48 leaf modules; name its untraceable modules with leaves=[...]")
@@ -206,13 +222,14 @@ def _export(
     batch: int,
     strict: bool = False,
     drawn: int = 0,
+    branches: Branches | None = None,
 ) -> Captured:
     sites, paths = list[LeafSite](), [p for p in leaves if isinstance(p, str)]
     with watched() as run:
         _observe(twin(model), inputs, example, statics, leaves, sites, batch)
     if strict and (sites or run.raised):
         raise CaptureError("an autograd.Function, and what catches exceptions, is not interpreted")
-    adapter = Adapter(model, inputs, statics)
+    adapter = Adapter(model, inputs, statics, branches)
     adapter.training = model.training
     shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
     around = contextlib.ExitStack()
@@ -226,6 +243,7 @@ def _export(
             around.enter_context(symbolic_len())
             around.enter_context(padded_sequences())
             around.enter_context(Traceable())
+            around.enter_context(branches or contextlib.nullcontext())
             draws = around.enter_context(symbolic_draws())
         program = without_vmap(torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict))
     if not strict:
@@ -248,6 +266,7 @@ def _export(
         accepts,
         sites,
         tuple(paths),
+        branches=tuple(branches.asked) if branches else (),
     )
 
 

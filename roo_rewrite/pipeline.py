@@ -24,6 +24,7 @@ from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
 import passes.annotate
+import passes.branches
 import passes.drawn
 import passes.hoist
 import passes.lower
@@ -162,6 +163,8 @@ def _build(
     original, inputs = model._original, model._inputs
     leaves = [*options.leaves, *(p for p in default_leaves(original) if p not in options.leaves)]
     captured = capture(original, inputs, example, statics, leaves)
+    if captured.branches and not passes.branches.settled(captured):
+        captured = capture(original, inputs, example, statics, leaves, against=None)
     stages = _stages(options, captured, inputs, original, example, name)
     passes.normalize.normalize(captured)
     legality.normalized(captured.graph)
