@@ -38,12 +38,14 @@ def check_counts(counts: Any, requests: int | None, impressions: int | None) -> 
             f"num_impressions has {counts.shape[0]} entries, the request inputs have {requests} rows; "
             "give one count a request (request inputs come with R rows, not I)"
         )
-    least = int(counts.min()) if counts.shape[0] else 0
+    least, most = (int(n) for n in counts.aminmax()) if counts.shape[0] else (0, 0)
     if least < 0:
         raise InputError(f"num_impressions has a negative count at request {int(counts.argmin())}")
     total = int(counts.sum())
-    if impressions is not None and total != impressions:
-        raise InputError(f"num_impressions sums to {total}, the impression inputs have {impressions} rows")
+    if impressions is not None and (total != impressions or most > impressions):  # a sum of such counts may wrap
+        raise InputError(
+            f"num_impressions sums to {sum(counts.tolist())}, the impression inputs have {impressions} rows"
+        )
     return total, least
 
 

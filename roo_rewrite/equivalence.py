@@ -135,13 +135,15 @@ def _precision(
     """The lowest precision the model computes in on its example; None where it fails."""
     args, kwargs = inputs.unflatten(example, Provenance.IMPRESSION, statics)
     casts = _Casts()  # type: ignore[no-untyped-call]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_buffers(model):
-        try:
-            model(*args, **kwargs)
-        except Exception:  # whatever user code raises
+    with torch.random.fork_rng(devices=[]), frozen_buffers(model):
+        for grad in (False, True):  # a forward that takes gradients itself runs with them alone
+            with contextlib.suppress(Exception), torch.set_grad_enabled(grad):  # whatever user code raises
+                model(*args, **kwargs)
+                break
+        else:
             return None
         try:
-            with casts:
+            with casts, torch.set_grad_enabled(grad):
                 model(*args, **kwargs)
         except Exception:  # a nested tensor, say, runs under no such mode
             return max((t.dtype for t in example), key=tolerance, default=torch.float64)

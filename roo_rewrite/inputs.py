@@ -169,7 +169,11 @@ class Inputs:
     def rows(self, atoms: Sequence[Tensor], side: Provenance) -> int | None:
         """How many rows the atoms of `side` have; None where there are none. Raises InputError if they disagree."""
         keepers = self._keepers[side]
-        found = {atoms[i].shape[0] for i, _ in keepers}
+        try:
+            found = {atoms[i].shape[0] for i, _ in keepers}
+        except IndexError:
+            single = [a.name for i, a in keepers if not atoms[i].ndim]
+            raise InputError(f"inputs {single} are single numbers, in the example they have rows") from None
         if len(found) > 1:
             counts = {a.name: atoms[i].shape[0] for i, a in keepers}
             raise InputError(f"{side.name.lower()} inputs must have the same number of rows, got {counts}")

@@ -45,8 +45,16 @@ def _given(
     try:
         return *inputs.flatten(args, kwargs, Provenance.REQUEST), True
     except InputError:
-        mine = iter(inputs.flatten_side(args, kwargs, side))
-        return [next(mine) if a.provenance is side else t for a, t in zip(inputs.atoms, example)], statics, False
+        mine = inputs.flatten_side(args, kwargs, side)
+        taken, moved = iter(mine), _moved(example, _of(model, example, side), mine)
+        return [next(taken) if a.provenance is side else t for a, t in zip(inputs.atoms, moved)], statics, False
+
+
+def _moved(example: Sequence[Tensor], known: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """The example on the device and in the float dtypes the model has moved to since, as the given side tells."""
+    dtypes = {k.dtype: g.dtype for k, g in zip(known, given) if k.is_floating_point()}
+    device = given[0].device if given else None
+    return [t.to(device, dtypes.get(t.dtype, t.dtype)) for t in example]
 
 
 def _of(model: RequestModel, atoms: Sequence[Any], side: Provenance) -> list[Any]:
@@ -114,6 +122,8 @@ def impression_part(
     """See `RequestModel.impression_part`."""
     if not isinstance(user, Mapping):
         raise InputError(f"the first argument must be what request_part returned, got {type(user).__name__}")
+    if others := [n for n, t in user.items() if not isinstance(t, Tensor)]:
+        raise InputError(f"the first argument must hold tensors as request_part returned them; {others} are none")
     atoms, statics, full = _given(model, args, kwargs, Provenance.IMPRESSION)
     given = any(has_rows(a) for a in _of(model, model._inputs.atoms, Provenance.IMPRESSION))
     rows = _rows(model, atoms, Provenance.IMPRESSION) if given else None
@@ -151,13 +161,15 @@ def _rowed(model: RequestModel, program: Program) -> set[str]:
     """The names of those crossing values whose first dim is the requests."""
     if program.emitted is None:
         return {a.name for a in model._inputs.atoms if a.provenance is Provenance.REQUEST and has_rows(a)}
-    return {n for n, shape in program.crossing.items() if shape and shape[0] is None}
+    return {n for n, (shape, _) in program.crossing.items() if shape and shape[0] is None}
 
 
 def _found(model: RequestModel, user: Mapping[str, Tensor], atoms: Sequence[Tensor], statics: Any) -> Program:
     """The program `user` was computed by. Raises InputError where the model or the arguments are no longer its own."""
     known = user.program if isinstance(user, Residuals) else None
-    candidates = [known] if known is not None else list(model._programs.values())
+    if model._outlook.changed():
+        model._renew()
+    candidates = [p for p in model._programs.values() if known is None or p is known]
     kinds = [kind(t) for t in _of(model, atoms, Provenance.IMPRESSION)]
     fitting = [
         p
@@ -172,8 +184,9 @@ def _found(model: RequestModel, user: Mapping[str, Tensor], atoms: Sequence[Tens
     if not fitting:
         raise InputError(
             "this does not belong to what request_part returned: values it did not return are there or missing "
-            f"(given: {sorted(user)}), or the mode, the impression inputs' shapes and dtypes or the plain arguments "
-            "are not those it was run for; run request_part again, with the full arguments of the call"
+            f"(given: {sorted(user)}), their shapes or dtypes are others, or the model, its mode, the impression inputs' "
+            "shapes and dtypes or the plain arguments are not those it was run for; run request_part again, with the "
+            "full arguments of the call"
         )
     if len({p.kinds for p in fitting}) > 1 or len({repr(p.statics) for p in fitting}) > 1:
         raise InputError("the values fit several request shapes; pass the very dict that request_part returned")

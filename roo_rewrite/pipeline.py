@@ -126,13 +126,16 @@ def _paths(model: nn.Module, leaves: Sequence[str]) -> tuple[str, ...]:
 
 def _runs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Where the model keeps its settings. The example must run before anything else is said about the model."""
-    copied = twin(model)
-    given = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
-    try:
-        with torch.no_grad(), random_kept():
-            copied(*given[0], **given[1])
-    except Exception as e:
-        raise CaptureError(f"the model cannot be called with the example: {type(e).__name__}: {e}") from e
+    for grad in (False, True):  # a forward that takes gradients itself runs with them alone
+        copied = twin(model)
+        given = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
+        try:
+            with torch.set_grad_enabled(grad), random_kept():
+                copied(*given[0], **given[1])
+            break
+        except Exception as e:
+            if grad:
+                raise CaptureError(f"the model cannot be called with the example: {type(e).__name__}: {e}") from e
     return settings(model, copied)
 
 

@@ -110,24 +110,25 @@ class Program:
         return self.captured.accepts(impressions)
 
     @functools.cached_property
-    def crossing(self) -> dict[str, tuple[int | None, ...]]:
-        """The shape of each value that crosses, by name: None for the rows of its first dim, -1 for any size."""
+    def crossing(self) -> dict[str, tuple[tuple[int | None, ...], torch.dtype]]:
+        """Shape and dtype of each value that crosses, by name: None for the rows of its first dim, -1 for any size."""
         nodes = {} if self.emitted is None else {n.name: n for n in self.emitted.graph.nodes}
         found = {}
         for name in () if self.emitted is None else self.emitted.residuals:
             known: Any = nodes[name].meta.get(META)
-            shape = [s if isinstance(s, int) else -1 for s in nodes[name].meta["val"].shape]
+            value = nodes[name].meta["val"]
+            shape = [s if isinstance(s, int) else -1 for s in value.shape]
             rows = known is not None and known.batching in (Rows(0),)
-            found[name] = tuple(None if rows and not dim else s for dim, s in enumerate(shape))
+            found[name] = tuple(None if rows and not dim else s for dim, s in enumerate(shape)), value.dtype
         return found
 
     def alike(self, values: Mapping[str, Tensor]) -> bool:
         """Whether tensors by name may be those that cross in this program."""
         return self.emitted is None or all(
             n in values
-            and values[n].ndim == len(shape)
+            and (values[n].ndim, values[n].dtype) == (len(shape), dtype)
             and all(s in (None, -1, t) for s, t in zip(shape, values[n].shape))
-            for n, shape in self.crossing.items()
+            for n, (shape, dtype) in self.crossing.items()
         )
 
 

@@ -340,6 +340,8 @@ U, HISTORY, X = batch()
         ((U, HISTORY, X), {"num_impressions": COUNTS[:2]}, "has 2 entries"),
         ((U, HISTORY, X), {"num_impressions": COUNTS + 1}, "sums to 8"),
         ((U, HISTORY, X), {"num_impressions": torch.tensor([6, -1, 0])}, "negative count at request 1"),
+        ((U, HISTORY, X), {"num_impressions": torch.tensor([2**63 - 1, 2**63 - 1, 7])}, "sums to 18446744073709551621"),
+        ((U, HISTORY, X.sum()), {"num_impressions": COUNTS}, "are single numbers"),
         ((U, HISTORY), {"num_impressions": COUNTS}, "lacks input 'x'"),
         ((U, HISTORY, X, X), {"num_impressions": COUNTS}, "positional arguments"),
         ((U, HISTORY, X), {"num_impressions": COUNTS, "x": X}, "given twice"),

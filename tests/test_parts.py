@@ -229,3 +229,45 @@ def test_compiled_another_length_of_the_history_is_its_own() -> None:
             u, x = batch(length)
             torch.testing.assert_close(compiled(u, x, scale, num_impressions=COUNTS), expected(model, u, x, scale))
     torch._dynamo.reset()
+
+
+def test_a_model_that_changed_since_serves_no_older_state() -> None:
+    """A hook on the item's side would otherwise be passed over."""
+    model, made = averages()
+    u, x = batch(5)
+    user = made.request_part(u)
+    handle = model.register_forward_hook(lambda m, given, out: out * 3)
+    with pytest.raises(roo.RooError, match="run request_part again"):
+        made.impression_part(user, x, num_impressions=COUNTS)
+    handle.remove()
+    torch.testing.assert_close(
+        made.impression_part(made.request_part(u), x, num_impressions=COUNTS), expected(model, u, x, 1.0)
+    )
+
+
+def test_state_of_another_model_or_dtype_is_refused() -> None:
+    _, made = averages()
+    _, other = averages()
+    u, x = batch(5)
+    user = made.request_part(u)
+    for model, state in ((other, user), (made, {n: t.half() for n, t in user.items()})):
+        with pytest.raises(roo.RooError, match="run request_part again"):
+            model.impression_part(state, x, num_impressions=COUNTS)
+    with pytest.raises(roo.RooError, match="must hold tensors"):
+        made.impression_part({n: 1 for n in user}, x, num_impressions=COUNTS)
+    torch.testing.assert_close(
+        copy.deepcopy(made).impression_part(user, x, num_impressions=COUNTS),
+        made.impression_part(user, x, num_impressions=COUNTS),
+    )
+
+
+def test_the_parts_follow_the_model_to_another_dtype() -> None:
+    model = Norm().double().eval()
+    made = roo.rewrite(model, (torch.randn(6, 4, dtype=F64), torch.randn(6, 4, dtype=F64)), spec=SPEC, fanout=64)
+    made.float()
+    u, x = torch.randn(3, 4), torch.randn(5, 4)
+    user = made.request_part(u)
+    assert all(t.dtype is torch.float32 for t in user.values()) and "u" not in user
+    torch.testing.assert_close(
+        made.impression_part(user, x, num_impressions=COUNTS), model(u.repeat_interleave(COUNTS, 0), x)
+    )
