@@ -184,9 +184,9 @@ def _found(model: RequestModel, user: Mapping[str, Tensor], atoms: Sequence[Tens
     if not fitting:
         raise InputError(
             "this does not belong to what request_part returned: values it did not return are there or missing "
-            f"(given: {sorted(user)}), their shapes or dtypes are others, or the model, its mode, the impression inputs' "
-            "shapes and dtypes or the plain arguments are not those it was run for; run request_part again, with the "
-            "full arguments of the call"
+            f"(given: {sorted(user)}), their shapes or dtypes are others, or the model, its mode, the impression "
+            "inputs' shapes and dtypes or the plain arguments are not those it was run for; run request_part again, "
+            "with the full arguments of the call"
         )
     if len({p.kinds for p in fitting}) > 1 or len({repr(p.statics) for p in fitting}) > 1:
         raise InputError("the values fit several request shapes; pass the very dict that request_part returned")

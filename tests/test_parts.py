@@ -254,7 +254,7 @@ def test_state_of_another_model_or_dtype_is_refused() -> None:
         with pytest.raises(roo.RooError, match="run request_part again"):
             model.impression_part(state, x, num_impressions=COUNTS)
     with pytest.raises(roo.RooError, match="must hold tensors"):
-        made.impression_part({n: 1 for n in user}, x, num_impressions=COUNTS)
+        made.impression_part(dict.fromkeys(user, 1), x, num_impressions=COUNTS)
     torch.testing.assert_close(
         copy.deepcopy(made).impression_part(user, x, num_impressions=COUNTS),
         made.impression_part(user, x, num_impressions=COUNTS),
@@ -267,7 +267,8 @@ def test_the_parts_follow_the_model_to_another_dtype() -> None:
     made.float()
     u, x = torch.randn(3, 4), torch.randn(5, 4)
     user = made.request_part(u)
-    assert all(t.dtype is torch.float32 for t in user.values()) and "u" not in user
+    assert {t.dtype for t in user.values()} == {torch.float32}
+    assert "u" not in user
     torch.testing.assert_close(
         made.impression_part(user, x, num_impressions=COUNTS), model(u.repeat_interleave(COUNTS, 0), x)
     )
