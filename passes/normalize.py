@@ -11,6 +11,8 @@
     masked_select(x, buffer)                           index_select (see `constant_masks`)
     index_put(x, [rows T times, c], v)                 by rows (see `repeated_rows`)
     softmax(x - max(x), 1)                             softmax(x, 1) (see `shifted_softmax`)
+    masked_fill(x, eq(repeat(m, [B, 1]), 0), -1)       masked_fill(x, eq(m, 0), -1) (see `unrepeated`)
+    ones_like(x: [T, T])                               ones([T, T]) (see `fills`)
     permute_pooled_embs(x, [0, 2, 5], [1, 0], ..)      cat of slices (see `pooled_columns`)
     zeros([B, 3], device="cpu")                        zeros([B, 3], device=<device of the inputs>)
 
@@ -30,11 +32,13 @@ from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
 from passes.constant_masks import constant_masks
+from passes.fills import FILLS
 from passes.functionalize import functionalize, is_effect, keeps, mutated
 from passes.pooled_columns import pooled_columns
 from passes.repeated_rows import repeated_rows
 from passes.shifted_softmax import unshifted
 from passes.traced import called
+from passes.unrepeated import unrepeated
 from roo_rewrite.capture import Captured
 from roo_rewrite.facts import AUTOCAST
 from roo_rewrite.guards import BATCH
@@ -64,6 +68,7 @@ def normalize(captured: Captured) -> None:
     for node in list(graph.nodes):
         if node.op == "call_function":
             _simplify(captured, node)
+    unrepeated(captured)
     repeated_rows(captured)
     _free_devices(captured)
     graph.eliminate_dead_code(is_impure_node=keeps)
@@ -296,6 +301,7 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.reshape.default: _same,
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
+    **FILLS,
 }
 
 

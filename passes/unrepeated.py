@@ -1,0 +1,82 @@
+"""A value without a batch, repeated for every row, is left to broadcast.
+
+    before                                    after
+    m = repeat(mask: [1, T, T], [B, 1, 1])    e = eq(mask, 0)
+    e = eq(m, 0)                              masked_fill(scores, e, -inf)
+    masked_fill(scores: [B, T, T], e, -inf)
+
+Row by row it is the same: f(x, repeat(c)) = f(x, c), f pointwise, where x alone gives the result its shape. So a mask
+repeated for heads that lie before the batch does not say that they lie behind it.
+"""
+
+from __future__ import annotations
+
+import sympy
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from passes.drawn import draws
+from passes.functionalize import is_effect
+from passes.traced import traced
+from roo_rewrite.capture import Captured
+from roo_rewrite.errors import NotRowWise
+from roo_rewrite.guards import BATCH
+
+aten = torch.ops.aten
+
+
+def unrepeated(captured: Captured) -> None:
+    """Gives pointwise ops the values that were repeated, in place."""
+    small: dict[Node, Node] = {}
+    for node in list(captured.graph.nodes):
+        if not isinstance(node.target, OpOverload) or is_effect(node):
+            continue
+        if node.target in (aten.repeat.default, aten.expand.default):
+            source = _repeated(captured, node)
+            if source is not None:
+                small[node] = source
+        elif torch.Tag.pointwise in node.target.tags and not draws(node) and not node.target._schema.is_mutable:
+            _pointwise(captured, node, small)
+
+
+def _repeated(captured: Captured, node: Node) -> Node | None:
+    """The value without a batch that `node` repeats for every row of the batch; its own dims stay or have size 1."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    before, after = _shape(captured, x), _shape(captured, node)
+    if not before or any(s.has(BATCH) for s in before) or not any(s.has(BATCH) for s in after):
+        return None
+    grown = [a for b, a in zip([sympy.Integer(1)] * (len(after) - len(before)) + before, after) if b != 1 and a != b]
+    return None if grown else x
+
+
+def _pointwise(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
+    operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    value = _unrepeated_value(node, small) if any(n in small for n in operands) else None
+    if value is None or value.dtype != node.meta["val"].dtype:
+        return
+    if [captured.expr(s) for s in value.shape] == _shape(captured, node):
+        for n in operands:
+            if n in small:
+                node.replace_input_with(n, small[n])
+    elif all(n in small for n in operands):
+        with captured.graph.inserting_before(node):
+            made = captured.graph.node_copy(node, lambda n: small.get(n, n))
+        made.meta = {**node.meta, "val": value}
+        small[node] = made
+
+
+def _unrepeated_value(node: Node, small: dict[Node, Node]) -> Tensor | None:
+    """What the op gives on the values as they were before; None where it does not take them."""
+    args, kwargs = torch.fx.map_arg((node.args, dict(node.kwargs)), lambda n: small.get(n, n).meta["val"])
+    try:
+        value = traced(node.target, args, kwargs)  # type: ignore[arg-type]
+    except (NotRowWise, RuntimeError):
+        return None
+    return value if isinstance(value, Tensor) else None
+
+
+def _shape(captured: Captured, node: Node) -> list[sympy.Expr]:
+    return [captured.expr(s) for s in node.meta["val"].shape]
