@@ -30,17 +30,33 @@ aten = torch.ops.aten
 
 def constant_masks(captured: Captured) -> None:
     """Replaces the picks by constant masks in the captured graph, in place."""
+    while _round(captured):
+        pass
+
+
+def _round(captured: Captured) -> bool:
+    """One round; False where nothing came of it."""
+    made: dict[Node, Any] = {}
     for node in list(captured.graph.nodes):
         replace = _PICKS.get(node.target)
-        if replace is None or not _unknown(node.meta.get("val")):
-            continue
-        made = replace(captured, node)
-        values = _traced_again(node, made) if made is not None else None
-        if made is None or values is None:
-            continue
-        for later, value in values.items():
-            later.meta["val"] = value
-        _put(captured, node, made)
+        found = replace(captured, node) if replace is not None and _unknown(node.meta.get("val")) else None
+        if found is not None:
+            made[node] = found
+    if len(made) < 2 or not _settle(captured, made):
+        return any(_settle(captured, {node: found}) for node, found in made.items())
+    return True  # together: what is made of two picks had two sizes of its own
+
+
+def _settle(captured: Captured, made: dict[Node, Any]) -> bool:
+    """Puts what was made in the place of these nodes; False where what follows does not take it."""
+    values = _traced_again(captured, made)
+    if values is None:
+        return False
+    for later, value in values.items():
+        later.meta["val"] = value
+    for node, found in made.items():
+        _put(captured, node, found)
+    return True
 
 
 def _unknown(value: Any) -> bool:
@@ -144,18 +160,23 @@ _PICKS: dict[Any, Callable[[Captured, Node], Any]] = {
 # -- what follows
 
 
-def _traced_again(node: Node, made: Node | list[Node]) -> dict[Node, Any] | None:
-    """The traced values of what depends on `node`, had it those of `made`; None where one cannot be told."""
-    new: dict[Node, Any] = {node: made.meta["val"] if isinstance(made, Node) else [n.meta["val"] for n in made]}
-    later = node.next
-    while later.op != "root":
-        if later.op == "call_function" and any(n in new for n in later.all_input_nodes):
-            args, kwargs = torch.fx.map_arg((later.args, later.kwargs), lambda n: new[n] if n in new else n.meta["val"])
+def _traced_again(captured: Captured, made: dict[Node, Any]) -> dict[Node, Any] | None:
+    """The traced values of what depends on these nodes, had they those of what was made; None where one cannot be
+    told."""
+    new: dict[Node, Any] = {}
+
+    def value(node: Node) -> Any:
+        return new[node] if node in new else node.meta["val"]
+
+    for later in captured.graph.nodes:
+        if later in made:
+            new[later] = torch.fx.map_arg(made[later], value)
+        elif later.op == "call_function" and any(n in new for n in later.all_input_nodes):
+            args, kwargs = torch.fx.map_arg((later.args, later.kwargs), value)
             try:
-                new[later] = traced(later.target, args, kwargs)  # type: ignore[arg-type]
+                new[later] = traced(later.target, args, kwargs)
             except Exception:  # whatever a kernel raises: what was traced stays
                 return None
-        later = later.next
     return new
 
 

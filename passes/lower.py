@@ -20,6 +20,7 @@ from passes.drawn import in_order
 from passes.fuse import fuse
 from passes.mixed_rate import Layouts, mixed_rate
 from passes.one_split import one_split
+from passes.tidy import scaled_terms, tidy
 from roo_rewrite.facts import AUTOCAST, COUNTS, SIDE
 from roo_rewrite.ops.broadcast import jagged_broadcast, request_of
 from roo_rewrite.ops.conv import pointwise_conv
@@ -29,6 +30,7 @@ aten = torch.ops.aten
 
 def lower(graph: Graph) -> None:
     """Lowers the hoisted graph in place."""
+    tidy(graph)
     layouts = Layouts(graph, next(n for n in graph.nodes if n.op == "placeholder" and n.name == COUNTS))
     mixed_rate(graph, layouts)
     for node in list(graph.nodes):
@@ -41,6 +43,7 @@ def lower(graph: Graph) -> None:
         node.replace_all_uses_with(new)
         graph.erase_node(node)
     fuse(graph, layouts)
+    scaled_terms(graph)
     one_split(graph)
     for node in list(graph.nodes):
         if node.target is jagged_broadcast and node.args[3:] == (1, 1):

@@ -7,6 +7,7 @@
     squeeze(x: [B, 1])                                 squeeze(x, [1])
     matmul(W, x: [B, k, 1])                            unsqueeze(linear(squeeze(x, [2]), W), 2)
     slice(x, 0, 0, max), dropout(x, 0.5, False)        x
+    to(input, device=its own)                          input
     cat([x[:, :0], y], 1)                              cat([y], 1)
     masked_select(x, buffer)                           index_select (see `constant_masks`)
     index_put(x, [rows T times, c], v)                 by rows (see `repeated_rows`)
@@ -243,6 +244,14 @@ def _same_dtype(captured: Captured, node: Node) -> Node | None:
     return x if a.dtype == b.dtype and a.device == b.device and not _copies(node) else None
 
 
+def _same_place(captured: Captured, node: Node) -> Node | None:
+    """An input cast and moved to what it is: a program runs on inputs of one dtype and device."""
+    x = _first(captured, node)
+    a, b = x.meta["val"], node.meta["val"]
+    options = {*node.kwargs.values(), *node.args[1:]} - {None, False, a.dtype, a.device, a.layout}
+    return x if x.op == "placeholder" and a.dtype == b.dtype and a.device == b.device and not options else None
+
+
 def _copies(node: Node) -> bool:
     """Whether a cast is asked for a tensor of its own, or for a layout."""
     options = {*node.kwargs.values(), *node.args[2:]}
@@ -294,8 +303,10 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.squeeze.default: _squeeze,
     aten.squeeze.dim: _squeeze_dim,
     aten.alias.default: _first,
+    aten.to.device: _same_place,
     aten.to.dtype: _same_dtype,
     aten.take_along_dim.default: _take_along,
+    aten.to.dtype_layout: _same_place,
     aten.type_as.default: _same_dtype,
     aten.expand.default: _same,
     aten.reshape.default: _same,

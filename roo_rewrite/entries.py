@@ -26,38 +26,65 @@ ENTRIES: dict[Any, Any] = {
     aten.div.Tensor: torch.div,
     aten.addcmul.default: torch.addcmul,
     aten.addcmul_.default: Tensor.addcmul_,
+    aten.abs.default: torch.abs,
+    aten.addmm.default: torch.addmm,
+    aten.amax.default: torch.amax,
+    aten.baddbmm.default: torch.baddbmm,
+    aten.batch_norm.default: torch.batch_norm,
     aten.bmm.default: torch.bmm,
     aten.cat.default: torch.cat,
     aten.clamp_min.default: torch.clamp_min,
+    aten.conv1d.default: torch.conv1d,
+    aten.conv2d.default: torch.conv2d,
+    aten.detach.default: torch.detach,
+    aten.dropout.default: torch.dropout,
     aten.embedding.default: torch.embedding,
+    aten.eq.Scalar: torch.eq,
     aten.exp.default: torch.exp,
+    aten.expand.default: Tensor.expand,
     aten.flatten.using_ints: torch.flatten,
     aten.gelu.default: functional.gelu,
     aten.index_select.default: torch.index_select,
     aten.layer_norm.default: torch.layer_norm,
+    aten.leaky_relu.default: functional.leaky_relu,
     aten.linalg_vector_norm.default: torch.linalg.vector_norm,
     aten.linear.default: functional.linear,
+    aten.log.default: torch.log,
+    aten.masked_fill.Scalar: torch.masked_fill,
     aten.matmul.default: torch.matmul,
+    aten.maximum.default: torch.maximum,
     aten.mean.dim: torch.mean,
+    aten.minimum.default: torch.minimum,
     aten.mm.default: torch.mm,
+    aten.ne.Scalar: torch.ne,
+    aten.neg.default: torch.neg,
     aten.permute.default: torch.permute,
+    aten.pow.Tensor_Scalar: torch.pow,
     aten.relu.default: torch.relu,
     aten.relu_.default: torch.relu_,
     aten.reshape.default: torch.reshape,
     aten.rsqrt.default: torch.rsqrt,
+    aten.select.int: torch.select,
     aten.sigmoid.default: torch.sigmoid,
     aten.sigmoid_.default: torch.sigmoid_,
     aten.softmax.int: torch.softmax,
+    aten.split_with_sizes.default: torch.split_with_sizes,
+    aten.sqrt.default: torch.sqrt,
     aten.square.default: torch.square,
     aten.squeeze.dim: torch.squeeze,
+    aten.squeeze.dims: torch.squeeze,
     aten.stack.default: torch.stack,
     aten.sum.dim_IntList: torch.sum,
     aten.t.default: torch.t,
     aten.tanh.default: torch.tanh,
     aten.tanh_.default: torch.tanh_,
     aten.transpose.int: torch.transpose,
+    aten.unbind.int: torch.unbind,
     aten.unsqueeze.default: torch.unsqueeze,
+    aten.where.self: torch.where,
 }
+# Of counts and sizes; these run their overloads too.
+_SIZES = {aten.sym_size.int: Tensor.size, aten.repeat_interleave.Tensor: torch.repeat_interleave}
 
 
 def with_entries(graph: Graph) -> Graph:
@@ -65,7 +92,9 @@ def with_entries(graph: Graph) -> Graph:
     copied = Graph()
     copied.output(copied.graph_copy(graph, {}))
     for node in copied.nodes:
-        if node.op == "call_function" and node.args and _is_tensor(node.args[0]):
+        if node.target in _SIZES:
+            node.target = _SIZES[node.target]
+        elif node.op == "call_function" and node.args and _is_tensor(node.args[0]):
             _enter(node)
     return copied
 

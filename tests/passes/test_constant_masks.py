@@ -32,6 +32,9 @@ PICKED = {
     "of an expanded mask": lambda m, u, x: squares(u, x).masked_select(triangle(x).expand(len(u), 4, 4)).view(-1, 6),
     "of an operand that is expanded": lambda m, u, x: u.unsqueeze(1).masked_select(triangle(x)).view(-1, 6),
     "of the last dim": lambda m, u, x: (u * x).masked_select(m.m < 1).view(-1, 4),
+    "two that meet": lambda m, u, x: (
+        torch.masked_select(squares(u, x), triangle(x)) * squares(x, u).exp().masked_select(triangle(x).unsqueeze(0))
+    ).view(-1, 6),
     "kept flat": lambda m, u, x: torch.masked_select(squares(u, x), triangle(x)).exp(),
     "index by a mask": lambda m, u, x: squares(u, x)[:, triangle(x)],
     "index by a mask and a slice": lambda m, u, x: squares(u, x)[:, :, m.m < 1],

@@ -42,6 +42,18 @@ CASES = {
         lambda m, u, x: torch.cat([x[:, :0].double(), u], 1) * x,
         "cat = cat([to, u], 1)",
     ),
+    "an input moved to where it is": (
+        lambda m, u, x: u.to(dtype=torch.float32, device="cpu") + x.to("cpu"),
+        "add = add(u, x)",
+    ),
+    "an input copied": (
+        lambda m, u, x: u.to(device="cpu", copy=True) + x,
+        "add = add(to, x)",
+    ),
+    "an input cast": (
+        lambda m, u, x: u.to("cpu", torch.float64) + x,
+        "to = to.device(u, getattr_1, torch.float64)",
+    ),
     "a view is a reshape": (lambda m, u, x: u.view(-1, 2, 2) + 1, "reshape_default = reshape(u, [-1, 2, 2])"),
     "a view to its own shape is dropped": (lambda m, u, x: u.view(-1, 4) + x, "add = add(u, x)"),
     "a matrix times one column is a linear map": (
