@@ -12,6 +12,7 @@ import torch.fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 
+from passes.constants import evaluate
 from passes.forms import (
     PROVENANCE,
     Blocks,
@@ -32,6 +33,8 @@ from roo_rewrite.facts import META, CrossRow, Provenance, annotation
 aten = torch.ops.aten
 
 
+# What shows a literal, or a copy of it.
+_SHOWS = {aten.detach.default, aten.reshape.default, aten.to.device, aten.to.dtype, aten.unsqueeze.default}
 _MANY = 4
 _FEW = 4  # slices that are copied faster than picked entry by entry
 
@@ -99,10 +102,29 @@ class Builder:
         if node.target is aten.mul.Tensor and node.meta[PROVENANCE] is Provenance.CONSTANT and _alike(node):
             factors = [f if f.meta["val"].shape[dim] == 1 else self.pick(f, dim, index) for f in node.all_input_nodes]
             return self.call(aten.mul.Tensor, *factors)
+        known = self._literal_entries(node, dim, index)
+        if known is not None:
+            return known
         runs = _runs(index)
         if len(runs) <= _FEW:
             return self.cat([self.call(aten.slice.Tensor, node, dim, *run) for run in runs], dim)
         return self.call(aten.index_select.default, node, dim, self.constant(index))
+
+    def _literal_entries(self, node: Node, dim: int, index: Sequence[int]) -> Node | None:
+        """Entries of a literal of whole numbers: a literal too, on the device it is moved to."""
+        source, moved = node, None
+        while source.target in _SHOWS:
+            moved = source if source.target is aten.to.device and moved is None else moved
+            source = source.args[0]  # type: ignore[assignment]
+        whole = not node.meta["val"].is_floating_point() and str(source.target).startswith("_roo.")
+        value = evaluate(self.captured, node) if whole and source.op == "get_attr" else None
+        if value is None:
+            return None
+        key = ("entries", node, dim, tuple(index))
+        if key not in self.known:
+            made = self.literal(value.index_select(dim, torch.tensor(list(index))))
+            self.known[key] = made if moved is None else self.call(aten.to.device, made, *moved.args[1:])
+        return self.known[key]
 
     def constant(self, values: Sequence[int]) -> Node:
         """An int64 vector known at compile time."""

@@ -1,6 +1,7 @@
 """Parts that are entries of one tensor: an op runs once on all of them, however many they are.
 
-cat[u0, i0, u1, i1]  =  U[0], I[0], U[1], I[1]        U = cat[u0, u1], I = cat[i0, i1]
+cat[u0, i0, u1, i1]       =  U[0], I[0], U[1], I[1]        U = cat[u0, u1], I = cat[i0, i1]
+cat[U[:3], i, U[3:]]      =  the same slices as picks of U
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch.fx import Node
 
-from passes.forms import Blocks, Form, Picked, Whole, hint, provenance
+from passes.forms import Blocks, Form, Picked, Whole, hint, is_static, provenance
 from passes.split import Splitter
-from roo_rewrite.facts import Provenance
+from roo_rewrite.facts import EFFECT, Provenance
 
+aten = torch.ops.aten
 _MANY = 4
 
 
@@ -50,6 +53,26 @@ def _of_one_tensor(s: Splitter, parts: tuple[Form, ...], dim: int, early: bool) 
         Picked(base, dim, tuple(places[found[i], e] for e in picked(part, dim))) if i in found else part
         for i, part in enumerate(parts)
     )
+
+
+def with_picks(parts: Sequence[Form], dim: int) -> list[Form]:
+    """Parts side by side along `dim`; slices along it of one tensor, of which there are several, as picks."""
+    found = [_as_pick(part, dim) for part in parts]
+    bases = [f.base.node if f is not None else None for f in found]
+    return [p if f is None or bases.count(f.base.node) < 2 else f for p, f in zip(parts, found)]
+
+
+def _as_pick(form: Form, dim: int) -> Picked | None:
+    """A slice of known place as entries of what it is cut from."""
+    if not isinstance(form, Whole) or form.node.target is not aten.slice.Tensor or form.node.kwargs:
+        return None
+    given: list[Any] = list(form.node.args)
+    x, at, start, stop, step = given + [None, 0, None, None, 1][len(given) :]
+    value = x.meta["val"]
+    known = all(isinstance(n, (int, type(None))) for n in (start, stop)) and step == 1
+    if at % value.ndim != dim or not known or not is_static(value.shape[dim]) or EFFECT in x.meta:
+        return None
+    return Picked(Whole(x), dim, tuple(range(value.shape[dim])[start:stop]))
 
 
 def merged_picks(parts: Iterable[Form], dim: int) -> tuple[Form, ...]:

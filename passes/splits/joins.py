@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.coalesce import coalesced, merged_picks
+from passes.coalesce import coalesced, merged_picks, with_picks
 from passes.constants import evaluate
 from passes.forms import (
     Blocks,
@@ -47,7 +47,10 @@ def cat(s: Splitter, app: Application) -> Form | None:
     if inside is not None:
         return inside
     parts = [p for f in forms for p in (f.parts if isinstance(f, Blocks) and f.dim == dim else (f,))]
-    made = Blocks(dim, merged_picks((p for p in _flattened(s, parts, dim) if hint(p.shape[dim])), dim))
+    parts = with_picks([p for p in _flattened(s, parts, dim) if hint(p.shape[dim])], dim)
+    made = Blocks(dim, merged_picks(parts, dim))
+    if len(parts) > 1 and len(made.parts) == 1:
+        return made.parts[0]
     structured = any(isinstance(p, (Expanded, Blocks, Sum, Filled)) for p in made.parts)
     return made if len(made.parts) > 1 and (is_mixed(made) or structured) else None
 

@@ -176,11 +176,23 @@ def _blocks(s: Splitter, x: Blocks, shape: tuple[Any, ...]) -> Form | None:
         return nested(s, x, shape) if merged is None else merge_cells(s, x, *merged)
     parts = []
     for part, size in zip(x.parts, x.sizes):
-        made = to_shape(s, part, with_size(shape, place.dim, size // unit * place.inner))
+        mine = with_size(shape, place.dim, size // unit * place.inner)
+        made = _picked(s, part, x, shape) or to_shape(s, part, mine)
         if made is None:
             return None
         parts.append(made)
     return Blocks(place.dim, tuple(parts))
+
+
+def _picked(s: Splitter, part: Form, x: Blocks, shape: tuple[Any, ...]) -> Form | None:
+    """Entries along the cut dim of a tensor that has more of them: it is reshaped once for all of its parts."""
+    place = _place(x.shape, x.dim, 1, shape) if isinstance(part, Picked) and part.dim == x.dim else None
+    if place is None or not isinstance(part, Picked):
+        return None
+    inner, entries = place.inner, hint(part.base.shape[x.dim])
+    base = to_shape(s, part.base, with_size(shape, place.dim, entries * inner))
+    index = tuple(i * inner + j for i in part.index for j in range(inner))
+    return Picked(base, place.dim, index) if isinstance(base, Whole) else None
 
 
 def merge_cells(s: Splitter, x: Blocks, first: int, last: int) -> Blocks | None:
