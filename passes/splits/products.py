@@ -1,6 +1,7 @@
 """Products of two values that both have structure: pairs, scores, einsums.
 
-    bmm(T, T')        T = cat[E a, c] along a row dim: a grid of products, the request-request cell moves
+    bmm(T, T')        T = cat[E a, c] along a row dim: a grid of products, the request-request cell moves;
+                      (c, a) is the transpose of (a, c)
     bmm(x, y)         x, y cut along the contracted dim: a sum of products of pieces
 
 Every product is an einsum of letters; a piece is cut along one letter at a time.
@@ -9,8 +10,10 @@ Every product is an einsum of letters; a piece is cut along one letter at a time
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.fx import Node
 
 from passes.coalesce import coalesced
 from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
@@ -36,7 +39,8 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
     def emit(a: Form, b: Form) -> Form:
         if str(app.target) == "aten.einsum.default":
             return s.plain(app.replaced(tensors=[a, b]))
-        return s.plain(app.replaced(**{"self": a, "mat2" if "mat2" in app.named else "other": b}))
+        second = "mat2" if "mat2" in app.named else "other"
+        return _mirrored(s, app, a, b) or s.plain(app.replaced(**{"self": a, second: b}))
 
     if not set(letters[0] + letters[1]) - set(letters[2]):
         return _as_outer(s, x, y, letters)
@@ -52,6 +56,25 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
         return made
     whole = emit(*(Whole(s.builder.whole(f)) for f in (x, y)))
     return made if pays(s, f"product {app.target}".removesuffix(".default"), whole, made, built) else None
+
+
+def _mirrored(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
+    """x @ t(y), where y @ t(x) is there already: below the diagonal a grid of pairs is its upper half, transposed."""
+    first, second = (s.builder.whole(f) for f in (x, y))
+    other = _transposed(second)
+    for made in () if other is None or other is first else other.users:
+        if made.target is app.target and made.args[0] is other and _transposed(made.args[1]) is first:
+            return Whole(s.builder.call(aten.transpose.int, made, -2, -1))
+    return None
+
+
+def _transposed(node: Any) -> Node | None:
+    """What a node is the transpose of, in its last two dims."""
+    if not isinstance(node, Node) or node.target is not aten.transpose.int:
+        return None
+    x, *dims = node.args
+    last = len(node.meta["val"].shape) - 1
+    return x if isinstance(x, Node) and {d % (last + 1) for d in dims} == {last - 1, last} else None  # type: ignore[operator]
 
 
 def _is_row(x: Form, y: Form) -> bool:
