@@ -47,7 +47,8 @@ def cat(s: Splitter, app: Application) -> Form | None:
     if inside is not None:
         return inside
     parts = [p for f in forms for p in (f.parts if isinstance(f, Blocks) and f.dim == dim else (f,))]
-    parts = with_picks([p for p in _flattened(s, parts, dim) if hint(p.shape[dim])], dim)
+    parts = [p for p in _flattened(s, parts, dim) if hint(p.shape[dim])]
+    parts = with_picks(parts, dim) if is_mixed(Blocks(dim, tuple(parts))) else parts
     made = Blocks(dim, merged_picks(parts, dim))
     if len(parts) > 1 and len(made.parts) == 1:
         return made.parts[0]
