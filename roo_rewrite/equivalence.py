@@ -87,8 +87,11 @@ def verify(original: nn.Module, rewritten: RequestModel, *, batches: int = 20, s
     """
     if not isinstance(original, nn.Module) or not hasattr(rewritten, "_inputs"):
         raise InputError("verify takes the original model first, and then what rewrite made of it")
-    if not (isinstance(batches, int) and isinstance(seed, int)):
-        raise InputError(f"batches and seed are whole numbers, got {batches!r} and {seed!r}")
+    if not (isinstance(batches, int) and isinstance(seed, int) and batches > 0):
+        raise InputError(f"batches and seed are whole numbers, batches 1 or more; got {batches!r} and {seed!r}")
+    own, other = ([(n, list(p.shape)) for n, p in m.named_parameters()] for m in (original, rewritten))
+    if [shape for _, shape in own] != [shape for _, shape in other]:
+        raise EquivalenceError(f"these are two models: their parameters are {own} and {other}", seed=seed)
     if _verified(original, rewritten, batches, seed, double=True):
         return
     if not _verified(original, rewritten, batches, seed, double=False):

@@ -13,6 +13,7 @@ from roo_rewrite.purity import duplicate
 
 aten = torch.ops.aten
 _CHUNK = 1 << 20  # entries shaken in one go
+_NEAR_ZERO = {torch.float64: 1e-12}  # equal rows after batch norm, rsqrt(1e-5) times a rounding error, are less
 SHAKES = 3  # by one, an entry may stay where it is by chance
 
 
@@ -77,9 +78,11 @@ def _dense(tensor: Tensor) -> Tensor:
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
     """A copy with every parameter off by a few units in the last place: what that changes is noise.
 
-    Batch norm over one request, or the direction of a vector that should be 0, is nothing else.
+    Batch norm over one request, or the direction of a vector that should be 0, is nothing else. A bias of 0 has no
+    last place: it goes up in one shake and down in the next, or a ReLU at 0 would stay where rounding put it.
     """
     made, generator = duplicate(module), torch.Generator().manual_seed(seed)
+    sign = -1 if seed % 2 else 1
     with torch.no_grad():
         for p in made.parameters():
             if p.is_floating_point():
@@ -87,4 +90,6 @@ def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
                 for part in torch.split(p, rows) if rows else [p]:
                     drawn = torch.rand(part.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(p)
                     part.mul_(drawn.mul_(4 * torch.finfo(p.dtype).eps).add_(1))
+                if p.ndim == 1:
+                    p.masked_fill_(p == 0, sign * _NEAR_ZERO.get(p.dtype, 4 * torch.finfo(p.dtype).eps))
     return made

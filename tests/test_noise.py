@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import roo_rewrite as roo
 import roo_rewrite.pipeline
+from roo_rewrite.equivalence import check_once
 from roo_rewrite.noise import judged, steadied
 
 F64 = torch.float64
@@ -85,3 +86,33 @@ def test_steadied_takes_only_what_moves() -> None:
     assert steady[0].tolist() == [1.0, 2.5, 3.0]
     assert judged([got], steady)
     assert not judged([got], [want])
+
+
+class Fresh(nn.Module):
+    """Batch norm over one request gives its bias, 0 but for rounding: a ReLU there passes gradients by chance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.out = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(12, 2)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = self.out(torch.cat([self.norm(self.a(u)).relu(), x], -1))
+        return out
+
+
+def test_a_relu_after_a_fresh_batch_norm_of_one_request_is_noise() -> None:
+    torch.manual_seed(0)
+    model = Fresh().double()
+    made = rewritten(model)
+    judged_on = [check_once(model, made, made._inputs, made._example[0], [n], s) for s in range(8) for n in (3, 5, 6)]
+    assert not any(judged_on)
+    wrong = Fresh().double()
+    wrong.load_state_dict({n: t + 1e-6 if n == "norm.bias" else t for n, t in model.state_dict().items()})
+    assert check_once(wrong, made, made._inputs, made._example[0], [3], 0)
+
+
+def test_verify_tells_two_models_apart() -> None:
+    with pytest.raises(roo.EquivalenceError, match="these are two models"):
+        roo.verify(Chaotic(), rewritten(Fresh().double()))
+    with pytest.raises(roo.InputError, match="batches 1 or more"):
+        roo.verify(Fresh(), rewritten(Fresh().double()), batches=0)
