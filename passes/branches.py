@@ -49,13 +49,14 @@ _TOTAL |= {"any", "all", "isnan", "isinf", "lift_fresh_copy", "copy", *_RESHAPED
 class _Numbers:
     """Equal values of traces of one model have equal numbers.
 
-    known: the masks, by number, that are true everywhere or nowhere.
+    known: the masks, by number, that are true everywhere or nowhere. passed: ops that give an operand back for it.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[_Key, int] = {}
         self._acts = 0
         self.known: dict[int, bool] = {}
+        self.passed = set[Node]()
 
     def of(self, captured: Captured) -> dict[Node, int]:
         """The number of each node. Raises ValueError where the graph holds what has none."""
@@ -104,7 +105,10 @@ class _Numbers:
         if not isinstance(kept, Node):
             return None
         before, after = kept.meta["val"], node.meta["val"]
-        return made[kept] if (before.shape, before.dtype) == (after.shape, after.dtype) else None
+        if (before.shape, before.dtype) != (after.shape, after.dtype):
+            return None
+        self.passed.add(node)
+        return made[kept]
 
     def _kept(self, node: Node, made: dict[Node, int]) -> Any:
         args: Any = node.args
@@ -211,7 +215,7 @@ def _same(general: Captured, choice: Iterable[int], alike: dict[int, list[Place]
         mine = numbers.of(general)
     others = numbers.of(other)
     theirs = set(others.values())
-    extra = [n for n, number in mine.items() if number not in theirs and n.op == "call_function"]
+    extra = [n for n in mine if (mine[n] not in theirs or n in numbers.passed) and n.op == "call_function"]
     asked = dict(zip(other.branches, _conditions(other)))
     return (
         all(_total(n) and _no_gradient(n, mine, theirs) for n in extra)
@@ -234,7 +238,7 @@ def _total(node: Node) -> bool:
     base, indices, value = (node.args[0], node.args[1], node.args[2])
     masks = [i.meta["val"] for i in indices if isinstance(i, Node)]  # type: ignore[union-attr]
     one = isinstance(base, Node) and isinstance(value, Node) and value.meta["val"].numel() == 1
-    return one and all(m.dtype == torch.bool for m in masks)
+    return one and len(masks) == 1 and masks[0].dtype == torch.bool
 
 
 def _no_gradient(node: Node, mine: dict[Node, int], theirs: set[int]) -> bool:

@@ -53,8 +53,10 @@ def _twice(m: Any, u: Tensor, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("function", [_written_rows, _not_numbers, _unless_all, _twice])
+@pytest.mark.parametrize(
+    ("function", "training"),
+    [(_written_rows, False), (_not_numbers, False), (_unless_all, False), (_twice, False), (_twice, True)],
+)
 def test_going_in_changes_nothing(captured: Made, function: Callable[..., Any], training: bool) -> None:
     found, _ = captured(function, training)
     outputs = len(found.graph.output_node().args[0])  # type: ignore[arg-type]
@@ -107,6 +109,21 @@ def _learned(m: Any, u: Tensor, x: Tensor) -> Tensor:
     return x
 
 
+def _learned_itself(m: Any, u: Tensor, x: Tensor) -> Tensor:
+    rows = u[:, :1] > 0
+    if rows.any():
+        x = torch.where(rows, m.norm.weight, x)
+    return x
+
+
+def _two_masks(m: Any, u: Tensor, x: Tensor) -> Tensor:
+    rows = (u > 0).all(1)
+    x = x.clone()
+    if rows.any():
+        x[rows, m.m > 0] = 0.0
+    return x
+
+
 def _divided(m: Any, u: Tensor, x: Tensor) -> Tensor:
     rows = u[:, :1] > 0
     if rows.any():
@@ -138,7 +155,20 @@ def _early(m: Any, u: Tensor, x: Tensor) -> Any:
 
 @pytest.mark.parametrize(
     "function",
-    [_other_rows, _other_mask, _two_ways, _remembered, _looked_up, _learned, _divided, _drawn, _many_values, _early],
+    [
+        _other_rows,
+        _other_mask,
+        _two_ways,
+        _remembered,
+        _looked_up,
+        _learned,
+        _learned_itself,
+        _two_masks,
+        _divided,
+        _drawn,
+        _many_values,
+        _early,
+    ],
 )
 def test_what_may_change_something_is_declined(captured: Made, function: Callable[..., Any]) -> None:
     try:
