@@ -59,6 +59,9 @@ class Builder:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         """A new row-wise call, with its traced value. Raises NotRowWise where that holds for the traced batch only."""
+        turned = _turned_back(target, args)
+        if turned is not None:
+            return turned
         key = (target, _frozen(args), _frozen(kwargs))
         if key not in self.known:
             self.known[key] = self.again(target, *args, **kwargs)
@@ -257,6 +260,17 @@ def _base(builder: Builder, part: Form, dim: int) -> Node:
 def _join(node: Node) -> Provenance:
     sources = [n.meta[PROVENANCE] for n in node.all_input_nodes if not _is_size(n)]
     return max(sources, default=Provenance.CONSTANT)
+
+
+def _turned_back(target: Any, args: Sequence[Any]) -> Node | None:
+    """What a transpose was of, if `target` turns the same two dims back."""
+    if target not in (aten.transpose.int, aten.t.default) or args[0].target is not target:
+        return None
+    node, *dims = args
+    before, *turned = node.args
+    ndim = node.meta["val"].ndim
+    same = {d % ndim for d in dims} == {d % ndim for d in turned}
+    return before if same and isinstance(before, Node) else None
 
 
 def _is_size(node: Node) -> bool:

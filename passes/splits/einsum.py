@@ -1,12 +1,14 @@
 """An einsum of more than two operands, two at a time.
 
 einsum("bfd,bgd,fg->b", T, T, w)  =  einsum("bfg,fg->b", einsum("bfd,bgd->bfg", T, T), w)
+einsum("bi,eij,bj->bei", x, w, x) =  einsum("bei,bi->bei", einsum("eij,bj->bei", w, x), x)
 einsum("bfd,ofo->bd", T, w)       =  einsum("bfd,fo->bd", T, diagonal(w))
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import combinations
 
 import torch
 
@@ -32,14 +34,27 @@ def einsum(s: Splitter, app: Application) -> Form | None:
     names = left.split(",")
     if not _plain(tensors, names):
         return None
-    made, letters = tensors[0], names[0]
-    for i in range(1, len(tensors)):
-        needed = set(out).union(*names[i + 1 :])
-        both = list(dict.fromkeys(letters + names[i]))
-        kept = out if i == len(tensors) - 1 else "".join(c for c in both if c in needed)
-        made = s.op(aten.einsum.default, f"{letters},{names[i]}->{kept}", [made, tensors[i]])
-        letters = kept
-    return made if isinstance(made, (Blocks, Sum, Expanded)) and moves(made) else None
+    left_over, moved = list(zip(tensors, names)), False
+    while len(left_over) > 1:
+        first, second, kept = _next_pair(left_over, out)
+        made = s.op(aten.einsum.default, f"{first[1]},{second[1]}->{kept}", [first[0], second[0]])
+        moved = moved or (isinstance(made, (Blocks, Sum, Expanded)) and moves(made))
+        left_over = [pair for pair in left_over if pair is not first and pair is not second] + [(made, kept)]
+    return left_over[0][0] if moved else None
+
+
+def _next_pair(operands: Sequence[tuple[Form, str]], out: str) -> tuple[tuple[Form, str], tuple[Form, str], str]:
+    """The first two operands that share what no other has, and the letters of their product: outer products wait."""
+    found = []
+    for first, second in combinations(operands, 2):
+        rest = [pair[1] for pair in operands if pair is not first and pair is not second]
+        both = sorted(dict.fromkeys(first[1] + second[1]), key=lambda c: out.index(c) if c in out else len(out))
+        needed = set(out).union(*rest)
+        kept = "".join(c for c in both if c in needed) if rest else out
+        if any(c not in needed for c in both):
+            return first, second, kept
+        found.append((first, second, kept))
+    return found[0]
 
 
 def _without_diagonals(s: Splitter, app: Application) -> Application:

@@ -173,17 +173,23 @@ def _weight(s: Splitter, atoms: Sequence[Atom]) -> Node:
 
 @handles("aten.tensordot.default")
 def tensordot(s: Splitter, app: Application) -> Form | None:
-    """One dim of x against one of a matrix is a linear map."""
+    """One dim of x against one of a matrix is a linear map; against a vector, one of one row."""
     x, y, dims, others = app.form("self"), app.form("other"), app["dims_self"], app["dims_other"]
-    if len(dims) != 1 or not isinstance(y, Whole) or y.ndim != 2 or not all(is_static(v) for v in y.shape):
+    if len(dims) != 1 or not isinstance(y, Whole) or y.ndim > 2 or not all(is_static(v) for v in y.shape):
         return None
     at, last = dims[0] % x.ndim, x.ndim - 1
     if not in_parts(x, at):
         return None
     if at != last:
         x = s.op(aten.permute.default, x, [*(d for d in range(x.ndim) if d != at), at])
+    if not in_parts(x, last):
+        return None
+    if y.ndim == 1:
+        row = s.builder.call(aten.unsqueeze.default, y.node, 0)
+        made = product(s, x, last, row, None, aten.linear.default)
+        return None if made is None else s.op(aten.squeeze.dim, made, last)
     weight = y.node if others[0] % 2 else s.builder.call(aten.t.default, y.node)
-    return product(s, x, last, weight, None, aten.linear.default) if in_parts(x, last) else None
+    return product(s, x, last, weight, None, aten.linear.default)
 
 
 @handles("aten.mm.default", "aten.matmul.default")

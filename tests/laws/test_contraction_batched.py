@@ -33,10 +33,16 @@ def test_fields_stacked_before_the_batch(law: Any, order: list[str], name: str) 
     assert found.flops() == (2 * 12 * 3 * 4 * 2, 2 * 4 * 2 * (3 * 2 + 12))
 
 
+def _crossed(m: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A row with itself and a matrix of each expert."""
+    return x, m.experts[:, : x.shape[1], : x.shape[1]], x
+
+
 OPERANDS = {
     "weights of pairs": lambda m, t: torch.einsum("bfd,bgd,fg->b", t, t, m.pairs[: t.shape[1], : t.shape[1]]),
     "a weight first": lambda m, t: torch.einsum("fg,bfd,bgd->b", m.pairs[: t.shape[1], : t.shape[1]], t, t),
     "a matrix between": lambda m, t: torch.einsum("bfd,de,bge->bfg", t, m.between, t).sum(2),
+    "a matrix for each expert": lambda m, t: torch.einsum("bi,eij,bj->bei", *_crossed(m, t.flatten(1))),
     "a diagonal": lambda m, t: torch.einsum("bfd,ofo->bdo", t, m.cube[:, : t.shape[1]]),
     "gates": lambda m, t: torch.einsum("bfd,d,f->bd", t, m.between[0], m.pairs[0, : t.shape[1]]),
 }
@@ -51,6 +57,7 @@ def test_many_operands(law: Any, drawn: dict[str, int], name: str) -> None:
         return OPERANDS[name](m, side_by_side(inputs, names, 1))
 
     weights = {"pairs": parameter(12, 12), "between": parameter(3, 3), "cube": parameter(2, 12, 2)}
+    weights["experts"] = parameter(2, 36, 36)
     law(Model(run, **weights), **{f: (w, 3) for f, w in drawn.items()})
 
 
@@ -60,6 +67,21 @@ def test_request_pairs_run_once(law: Any) -> None:
 
     before, after = law(Model(run, pairs=parameter(5, 5)), u=(4, 3), x=(1, 3)).flops()
     assert after <= before - 2 * (12 - 3) * 16 * 3
+
+
+def test_experts_meet_each_side_by_itself(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eij,bj->bei", *_crossed(m, torch.cat([u, x], 1))).tanh()
+
+    found = law(Model(run, experts=parameter(2, 36, 36)), u=(32,), x=(4,))
+    assert found.flops() == (2 * 12 * 2 * 36 * 36, 2 * 2 * 36 * (3 * 32 + 12 * 4))
+
+
+def test_no_order_of_operands_helps_what_is_of_one_side(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eij,bj->bei", *_crossed(m, x)) + u.sum(1)[:, None, None]
+
+    assert not law(Model(run, experts=parameter(2, 4, 4)), u=(5,), x=(4,)).took()
 
 
 def test_fields_meet_a_diagonal_by_side(law: Any) -> None:

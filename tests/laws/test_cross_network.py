@@ -18,6 +18,8 @@ from torch import Tensor
 SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "linear": lambda x0, x, w, b: x0 * torch.nn.functional.linear(x, w.unsqueeze(0)) + b + x,
     "matmul": lambda x0, x, w, b: x0 * torch.matmul(x, w.unsqueeze(1)) + x + b,
+    "vector": lambda x0, x, w, b: x0 * torch.tensordot(x, w, dims=([1], [0])).unsqueeze(1) + b + x,
+    "turned": lambda x0, x, w, b: (x0.t() * torch.tensordot(x, w, dims=([-1], [0]))).t() + b + x,
 }
 
 
