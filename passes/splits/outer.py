@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Application, Splitter
-from passes.splits.blocks import has_early
+from passes.splits.blocks import has_early, pick_form
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -89,15 +90,15 @@ def _cell(s: Splitter, a: Form, b: Form) -> Form:
 
 @dataclass(frozen=True)
 class Factors:
-    """A flattened outer product: `first [B, h, 1, ...]` times `second [B, 1, m, ...]`; one is the request's."""
+    """A flattened outer product: `first [.., h, 1, ..]` times `second [.., 1, m, ..]`; one is the request's."""
 
     first: Node
     second: Node
     early_first: bool
 
 
-def factors(node: Node) -> Factors | None:
-    """The factors of a flattened outer product over dims 1 and 2, where exactly one is request-level."""
+def factors(node: Node, dim: int = 1) -> Factors | None:
+    """The factors of an outer product over dims `dim` and `dim` + 1, flattened, where exactly one is request-level."""
     if node.target is not aten.reshape.default:
         return None
     product = node.args[0]
@@ -105,11 +106,11 @@ def factors(node: Node) -> Factors | None:
         return None
     a, b = product.args[:2]
     shape, flat = tuple(product.meta["val"].shape), tuple(node.meta["val"].shape)
-    if not isinstance(a, Node) or not isinstance(b, Node) or len(flat) != len(shape) - 1 or len(shape) < 3:
+    if not isinstance(a, Node) or not isinstance(b, Node) or len(flat) != len(shape) - 1 or len(shape) < dim + 2:
         return None
-    if _outer_dim(Whole(a), Whole(b)) != 1 or not is_static(flat[1]) or flat[1] != shape[1] * shape[2]:
+    if _outer_dim(Whole(a), Whole(b)) != dim or not is_static(flat[dim]) or flat[dim] != shape[dim] * shape[dim + 1]:
         return None
-    first, second = (a, b) if same_size(b.meta["val"].shape[1], 1) else (b, a)
+    first, second = (a, b) if same_size(b.meta["val"].shape[dim], 1) else (b, a)
     early = [provenance(Whole(f)) is not Provenance.IMPRESSION for f in (first, second)]
     return Factors(first, second, early[0]) if early[0] != early[1] else None
 
@@ -165,3 +166,31 @@ def covers(found: Factors, index: Sequence[int] | None) -> bool:
     """Whether the picked entries are all of the outer product, once each."""
     h, m = int(found.first.meta["val"].shape[1]), int(found.second.meta["val"].shape[2])
     return index is None or sorted(index) == list(range(h * m))
+
+
+def contracted(
+    s: Splitter, part: Form, other: Form, letters: tuple[str, str, str], cut: str, start: int
+) -> Form | None:
+    """The product over the letter `cut` of a flattened outer product of both sides and what does not depend on the
+    impression, from its entry `start` on; None where `part` or `other` is not that.
+
+    sum_hm q[h] k[m] W[h, m, n]  =  sum_h q[h] (sum_m k[m] W[h, m, n])        k: the request's
+    """
+    part = part.inner if isinstance(part, Lazy) else part
+    mine, theirs, out = letters
+    found = factors(part.node, mine.index(cut)) if isinstance(part, Whole) else None
+    if found is None or cut not in theirs or provenance(other) is Provenance.IMPRESSION:
+        return None
+    build, dim, at = s.builder, mine.index(cut), theirs.index(cut)
+    sizes = [int(found.first.meta["val"].shape[dim]), int(found.second.meta["val"].shape[dim + 1])]
+    flat = build.whole(pick_form(s, other, at, range(start, start + sizes[0] * sizes[1])))
+    shape = tuple(flat.meta["val"].shape)
+    weight = build.call(aten.reshape.default, flat, [*build.sizes(shape[:at]), *sizes, *build.sizes(shape[at + 1 :])])
+    h, m = [c for c in ascii_letters if c not in mine + theirs + out][:2]
+    first = _squeezed(s, found.first, dim + 1), mine.replace(cut, h)
+    second = _squeezed(s, found.second, dim), mine.replace(cut, m)
+    early, late = (first, second) if found.early_first else (second, first)
+    names = dict.fromkeys(early[1] + theirs.replace(cut, h + m))
+    kept = "".join(c for c in names if c in late[1] or c in out)
+    inside = build.call(aten.einsum.default, f"{early[1]},{theirs.replace(cut, h + m)}->{kept}", [early[0], weight])
+    return Whole(build.call(aten.einsum.default, f"{late[1]},{kept}->{out}", [late[0], inside]))

@@ -20,6 +20,7 @@ from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance,
 from passes.price_products import pays
 from passes.split import Application, Splitter, handles
 from passes.splits.blocks import has_early, pick_form, refined
+from passes.splits.outer import contracted
 from roo_rewrite.facts import Provenance
 from roo_rewrite.rules.matmul import spelled_out
 
@@ -214,14 +215,16 @@ def _by_side(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], cut: 
     blocks, other, at = (x, y, 0) if isinstance(x, Blocks) else (y, x, 1)
     assert isinstance(blocks, Blocks)
     sides: dict[bool, tuple[list[Form], list[int]]] = {True: ([], []), False: ([], [])}
-    start = 0
+    terms, start, order = list[tuple[float, Form]](), 0, (letters[at], letters[1 - at], letters[2])
     for part, size in zip(blocks.parts, blocks.sizes):
-        if not (isinstance(part, Filled) and part.value == 0):
+        outer = contracted(s, part, other, order, cut, start)
+        if outer is not None:
+            terms.append((1.0, outer))
+        elif not (isinstance(part, Filled) and part.value == 0):
             parts, places = sides[provenance(part) is not Provenance.IMPRESSION]
             parts.append(part)
             places += range(start, start + size)
         start += size
-    terms: list[tuple[float, Form]] = []
     for parts, places in sides.values():
         if parts:
             joined = s.op(aten.cat.default, parts, blocks.dim) if len(parts) > 1 else parts[0]
