@@ -93,7 +93,10 @@ class Application:
 
 
 _TOPICS = """blocks joins picks views sums linear chains addmm conv products einsum reductions extremes norms batch_norm
-masks attention rnn"""
+masks attention rnn cells"""
+
+
+_VIEWED = ("aten.gru_cell.default",)  # whose handlers take views as they are
 
 
 def _load() -> None:
@@ -217,7 +220,7 @@ class Splitter:
         from passes.splits.views import VIEWS, to_shape
 
         values = [v for value in app.named.values() for v in (value if isinstance(value, list) else [value])]
-        if str(app.target) in VIEWS or not any(isinstance(v, Reshaped) for v in values):
+        if str(app.target) in (*VIEWS, *_VIEWED) or not any(isinstance(v, Reshaped) for v in values):
             return None, app
         lifted = through(self, app)
         return lifted, settled(app, lambda form, shape: to_shape(self, form, shape)) if lifted is None else app
