@@ -51,13 +51,14 @@ from roo_rewrite.facts import (
 from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Atom, Inputs
 from roo_rewrite.kjt import Lookup
+from roo_rewrite.ops.kept import kept_rows
 from roo_rewrite.probing import probe
 from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, op_name
 
 aten = torch.ops.aten
 WEIGHTED = "roo_weighted"
 EXTREME = "roo_extreme"
-_EXTREMES = (aten.max.default, aten.min.default, aten.any.default, aten.all.default)
+EXTREMES = (aten.max.default, aten.min.default, aten.any.default, aten.all.default)
 _ITEMS = (aten.item.default, aten._local_scalar_dense.default)
 # Ops that take lengths: a number for each row, how many jagged values are its own.
 _COUNTING = {
@@ -165,6 +166,8 @@ def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) 
             raise NotRowWise(known.reason)
     if node.target is torch.ops.roo.leaf.default:
         return _leaf(captured, node, model, policy)
+    if node.target is kept_rows:
+        return _kept(node)
     if not isinstance(node.target, OpOverload):
         raise NotRowWise(f"no row rule for {op_name(node.target)}")
     random = torch.Tag.nondeterministic_seeded in node.target.tags
@@ -180,7 +183,7 @@ def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) 
 def _special(node: Node, args: dict[str, Any], policy: Policy) -> Batching | None:
     """Ops that are row-wise only by agreement: shared dropout, count-weighted batch norm, extremes over the batch."""
     node.meta.pop(EXTREME, None)
-    if node.target in _EXTREMES and _of_request(node):
+    if node.target in EXTREMES and _of_request(node):
         rows, dtype = args["self"].batching, args["self"].dtype
         if isinstance(rows, Rows) and rows.dim == 0 and not dtype.is_floating_point and not dtype.is_complex:
             node.meta[EXTREME] = rows
@@ -194,6 +197,14 @@ def _special(node: Node, args: dict[str, Any], policy: Policy) -> Batching | Non
             node.meta[WEIGHTED] = rows
             return rows
     return None
+
+
+def _kept(node: Node) -> Batching:
+    """Rows that a mask keeps, the others filled in by one of them: `kept_rows(E x, E m) = E kept_rows(x, m)`."""
+    known = [annotation(n).batching for n in node.all_input_nodes]
+    if not all(isinstance(b, Lengths) or b == Rows(0) for b in known):
+        raise NotRowWise("a mask picks rows of more than the batch")
+    return Rows(0)
 
 
 def _of_inputs(value: Any) -> bool:

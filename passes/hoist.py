@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -46,6 +46,7 @@ from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.ops.broadcast import jagged_broadcast, jagged_select, request_of
 from roo_rewrite.ops.extreme import rows_seen
+from roo_rewrite.ops.kept import kept_rows, kept_source
 from roo_rewrite.ops.norm import weighted_batch_norm
 
 aten = torch.ops.aten
@@ -65,6 +66,7 @@ class _Hoist:
         self.at_request: dict[Node, Any] = {}
         self.at_impression: dict[Node, Any] = {}
         self.sizes: dict[tuple[Provenance, sympy.Expr], Any] = {}
+        self.sources: dict[tuple[Provenance, Node], Node] = {}
         self.side = Provenance.REQUEST
         self.request_of: Node | None = None
 
@@ -118,6 +120,8 @@ class _Hoist:
             made = self._weighted(node)
         elif EXTREME in node.meta:
             made = self._extreme(node)
+        elif node.target is kept_rows:
+            made = self._kept(node, self._request)
         else:
             made = self.graph.node_copy(node, self._request)
         self.at_request[node] = self._mark(made, node)
@@ -139,6 +143,17 @@ class _Hoist:
         target: Any = node.target
         return self.graph.call_function(target, (self._mark(seen),))
 
+    def _kept(self, node: Node, on_side: Callable[[Node], Any]) -> Node:
+        """Rows that a mask keeps; which row each takes is found once a side."""
+        x, mask = node.args
+        assert isinstance(x, Node)
+        assert isinstance(mask, Node)
+        key = (self.side, mask)
+        if key not in self.sources:
+            counts = (self.counts,) if self.side is Provenance.REQUEST else ()
+            self.sources[key] = self._mark(self.graph.call_function(kept_source, (on_side(mask), *counts)))
+        return self.graph.call_function(aten.index_select.default, (on_side(x), 0, self.sources[key]))
+
     # -- the impression side
 
     def _impression(self, node: Node) -> Any:
@@ -149,6 +164,8 @@ class _Hoist:
         assert node not in self.inside, f"{node} is request-level and does not cross"
         if node.target is getattr:
             made = self._device(node, Provenance.IMPRESSION)
+        elif node.target is kept_rows:
+            made = self._kept(node, self._impression)
         else:
             made = self.graph.node_copy(node, self._impression)
         self.at_impression[node] = self._mark(made, node)

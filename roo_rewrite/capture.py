@@ -26,6 +26,7 @@ from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.guards import BATCH, Guards
 from roo_rewrite.inputs import Inputs
+from roo_rewrite.kept import Masked, settled
 from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
 from roo_rewrite.methods import Leaf, Unfit, confirm, failed_in, named
@@ -61,6 +62,7 @@ class Captured:
     steady: sizes known only at run time that are the same at both rates -> the node that makes each (`annotate`).
     branches: where forward asked whether any or all of a mask is true; the graph's last outputs are what it asked.
     again: the trace that goes the other way at some of them.
+    kept: whether rows that a mask removes are among all others in the graph (see `kept`).
     """
 
     model: nn.Module
@@ -79,6 +81,7 @@ class Captured:
     steady: dict[sympy.Symbol, torch.fx.Node] = field(default_factory=dict)
     branches: tuple[Place, ...] = ()
     again: Callable[[Set[Place]], Captured] | None = None
+    kept: bool = False
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
         """The flat outputs of the graph in the structure of the original's."""
@@ -123,16 +126,40 @@ def capture(
     statics: Sequence[Any],
     leaves: Sequence[str],
     against: Set[Place] | None = frozenset(),
+    kept: bool = True,
 ) -> Captured:
     """Traces a copy of `model` in its present mode. A module that cannot be traced becomes a leaf, and is noted.
 
     against: where the trace takes the less general way of a condition on values (`branches`); None to take neither.
+    kept: rows that a mask removes are traced among all others, where that can be done.
 
     Raises CaptureError when the model cannot be run on the example, or not be traced at all.
     """
     batch = trace_batch(model, atoms)
     example = trace_rows(inputs, atoms, batch)
     drawn = _pure(model, inputs, example, statics)
+    masked = Masked(kept)
+    try:
+        captured = _capture(model, inputs, example, statics, leaves, batch, masked, drawn, against)
+    except CaptureError:
+        if not masked.used:
+            raise
+        captured = _capture(model, inputs, example, statics, leaves, batch, Masked(False), drawn, against)
+    captured.again = lambda places: capture(model, inputs, atoms, statics, leaves, places, kept and captured.kept)
+    return captured
+
+
+def _capture(
+    model: nn.Module,
+    inputs: Inputs,
+    example: list[Tensor],
+    statics: Sequence[Any],
+    leaves: Sequence[str],
+    batch: int,
+    masked: Masked,
+    drawn: int,
+    against: Set[Place] | None,
+) -> Captured:
     chosen, notes, unfit = list[Leaf](outermost(leaves)), dict[Leaf, str](), set[Leaf]()
     seeking, branching = False, None if against is None else bool(against)
     for attempt in range(48):
@@ -140,7 +167,7 @@ def capture(
         try:
             with sizes_kept() if seeking else contextlib.nullcontext():
                 asked = Branches(against or frozenset()) if branching else None
-                captured = _export(copied, inputs, example, statics, chosen, batch, drawn=drawn, branches=asked)
+                captured = _export(copied, inputs, example, statics, chosen, batch, masked, drawn, branches=asked)
         except Unfit as e:
             if e.leaf not in notes:
                 raise
@@ -166,7 +193,6 @@ def capture(
             chosen = [p for p in chosen if not _under(p, leaf)] + [leaf]
             notes[leaf] = f"{named(leaf)} is kept as an opaque leaf: {brief(e)}"
         else:
-            captured.again = lambda places: capture(model, inputs, atoms, statics, leaves, places)
             captured.notes = [text for leaf, text in notes.items() if _used(leaf, captured.sites)]
             return captured
     raise CaptureError("the model needs more than 48 leaf modules; name its untraceable modules with leaves=[...]")
@@ -209,7 +235,7 @@ def _interpreted(
 ) -> Captured | None:
     """The model traced by interpreting its bytecode; None where that fails too."""
     with contextlib.suppress(Exception):
-        return _export(twin(model), inputs, example, statics, [], batch, strict=True)
+        return _export(twin(model), inputs, example, statics, [], batch, Masked(False), strict=True)
     return None
 
 
@@ -220,13 +246,14 @@ def _export(
     statics: Sequence[Any],
     leaves: Sequence[Leaf],
     batch: int,
+    masked: Masked,
     strict: bool = False,
     drawn: int = 0,
     branches: Branches | None = None,
 ) -> Captured:
     sites, paths = list[LeafSite](), [p for p in leaves if isinstance(p, str)]
     with watched() as run:
-        _observe(twin(model), inputs, example, statics, leaves, sites, batch)
+        _observe(twin(model), inputs, example, statics, leaves, sites, batch, masked)
     if strict and (sites or run.raised):
         raise CaptureError("an autograd.Function, and what catches exceptions, is not interpreted")
     adapter = Adapter(model, inputs, statics, branches)
@@ -245,6 +272,7 @@ def _export(
             around.enter_context(Traceable())
             around.enter_context(branches or contextlib.nullcontext())
             draws = around.enter_context(symbolic_draws())
+            around.enter_context(masked.rows(batch, tracing=True))
         program = without_vmap(torch.export.export(adapter, tuple(example), dynamic_shapes=shapes, strict=strict))
     if not strict:
         same_way(run, trace)
@@ -254,6 +282,7 @@ def _export(
         raise CaptureError(DRAWS)
     symbols = _batch_symbols(program, inputs, graph)
     accepts = Guards.of(program, symbols, example, batch)
+    kept = settled(graph, next((s for s, e in symbols.items() if e == BATCH), None), batch)
     return Captured(
         model,
         graph,
@@ -267,6 +296,7 @@ def _export(
         sites,
         tuple(paths),
         branches=tuple(branches.asked) if branches else (),
+        kept=kept,
     )
 
 
@@ -278,6 +308,7 @@ def _observe(
     leaves: Sequence[Leaf],
     sites: list[LeafSite],
     batch: int,
+    masked: Masked,
 ) -> None:
     second, fresh = batch + 2, twin(model)
     with torch.no_grad(), random_kept(), frozen_buffers(model):
@@ -285,7 +316,7 @@ def _observe(
             order = torch.arange(size) % batch
             rows = inputs.select(example, order.flip(0) if again else order, _BOTH)
             args, kwargs = inputs.unflatten(rows, Provenance.IMPRESSION, statics)
-            with observed(model, leaves, sites, again):
+            with observed(model, leaves, sites, again), masked.rows(size, tracing=False):
                 model(*args, **kwargs)
         for site in sites:
             site.batches = (batch, second)

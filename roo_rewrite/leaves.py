@@ -116,7 +116,13 @@ class LeafSite:
         """Outputs of the right shapes for traced inputs."""
         one, two = self.batches
         batch: Any = next(
-            (s for t in tensors for s in t.shape if isinstance(s, torch.SymInt) and s.node.hint == one), None
+            (
+                s
+                for t, (first, _) in zip(tensors, self.given)
+                for s, a in zip(t.shape, first)
+                if isinstance(s, torch.SymInt) and a == one
+            ),
+            None,
         )
         assert self.in_tree is not None
         stock, steps = iter(tensors), self._steps()

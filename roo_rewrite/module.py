@@ -35,6 +35,7 @@ from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import OtherSizesError
 from roo_rewrite.ops.broadcast import request_of
+from roo_rewrite.ops.kept import FewRowsError
 from roo_rewrite.outlook import Outlook, reads
 from roo_rewrite.program import Program
 from roo_rewrite.purity import kept, random_kept, twin
@@ -152,7 +153,10 @@ class RequestModel(nn.Module):
         before = self._written()
         try:
             return program.captured.returned(program.emitted.whole(self, *atoms, counts))
-        except OtherSizesError:  # the trace is not of such a batch; the original is run, unless half a step is done
+        except (
+            OtherSizesError,
+            FewRowsError,
+        ):  # the trace is not of such a batch; the original is run, unless half a step is done
             if self._written() != before:
                 raise
             return self._broadcast_first(atoms, statics, counts)

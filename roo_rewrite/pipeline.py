@@ -27,6 +27,7 @@ import passes.annotate
 import passes.branches
 import passes.drawn
 import passes.hoist
+import passes.kept_regions
 import passes.lower
 import passes.mask_gain
 import passes.normalize
@@ -59,6 +60,7 @@ class Options:
     check: bool
     split: passes.split.Mode = "priced"
     otherwise: frozenset[tuple[str, str]] = frozenset()
+    kept: bool = True
 
 
 def rewrite(
@@ -165,18 +167,24 @@ def _build(
 ) -> Program:
     original, inputs = model._original, model._inputs
     leaves = [*options.leaves, *(p for p in default_leaves(original) if p not in options.leaves)]
-    captured = capture(original, inputs, example, statics, leaves)
+    captured = capture(original, inputs, example, statics, leaves, kept=options.kept)
+    if captured.branches and captured.kept:  # both ways of a condition are compared on the rows as they are
+        captured = capture(original, inputs, example, statics, leaves, kept=False)
     if captured.branches and not passes.branches.settled(captured):
-        captured = capture(original, inputs, example, statics, leaves, against=None)
+        captured = capture(original, inputs, example, statics, leaves, against=None, kept=options.kept)
     stages = _stages(options, captured, inputs, original, example, name)
     passes.normalize.normalize(captured)
     legality.normalized(captured.graph)
+    if captured.kept and not _proved(captured, inputs, options):
+        return _build(replace(options, kept=False), model, example, statics, name)
     program = _compile(captured, inputs, options, name, stages)
     trial = Trial(original, program, inputs, statics, name, options.dropout == "per_request")
     found = trial.mismatch(example)
     if found is not None:
         if options.check:
             raise EquivalenceError(f"the rewritten model differs from the original: {found}", where=found)
+        if captured.kept:
+            return _build(replace(options, kept=False), model, example, statics, name)
         if options.split != "never":
             plainer = _build(replace(options, split="never"), model, example, statics, name)
             return replace(plainer, notes=(*plainer.notes, f"nothing was split, the result failed its check: {found}"))
@@ -185,6 +193,16 @@ def _build(
     return replace(
         program, empty=not trial.fails_empty(example), single=trial.same_on_one(example), notes=tuple(captured.notes)
     )
+
+
+def _proved(captured: Captured, inputs: Inputs, options: Options) -> bool:
+    """Whether all rows may be in the place of those that a mask keeps."""
+    passes.annotate.annotate(captured, inputs, captured.model, _policy(options))
+    return passes.kept_regions.unproved(captured.graph) is None
+
+
+def _policy(options: Options) -> passes.annotate.Policy:
+    return passes.annotate.Policy(options.dropout, frozenset(options.leaves))
 
 
 def _split(captured: Captured, options: Options) -> passes.split.Split:
@@ -229,7 +247,7 @@ def _note_masks(
 
 def _plan(captured: Captured, inputs: Inputs, options: Options) -> passes.partition.Partition:
     """The plan of a graph, for comparison."""
-    policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
+    policy = _policy(options)
     passes.annotate.annotate(captured, inputs, captured.model, policy)
     _split(captured, options)
     passes.annotate.annotate(captured, inputs, captured.model, policy)
@@ -239,7 +257,7 @@ def _plan(captured: Captured, inputs: Inputs, options: Options) -> passes.partit
 def _compile(
     captured: Captured, inputs: Inputs, options: Options, name: str, after: Callable[[str, Graph, Provenance], None]
 ) -> Program:
-    policy = passes.annotate.Policy(options.dropout, frozenset(options.leaves))
+    policy = _policy(options)
     after("normalize", captured.graph, Provenance.IMPRESSION)
     passes.annotate.annotate(captured, inputs, captured.model, policy)
     unsplit = captured.graph

@@ -94,8 +94,8 @@ class Program:
 
     @functools.cached_property
     def checked(self) -> bool:
-        """Whether a call may find that a leaf gives other sizes than in the trace."""
-        return self.captured is not None and any(site.checked for site in self.captured.sites)
+        """Whether a call may find that the batch is not one of the trace: by a leaf's sizes, or by the rows kept."""
+        return self.captured is not None and (self.captured.kept or any(s.checked for s in self.captured.sites))
 
     def names(self, inputs: Inputs) -> tuple[str, ...]:
         """The names of what crosses: of the request's atoms where nothing could be proved."""

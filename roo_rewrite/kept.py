@@ -1,0 +1,181 @@
+"""Rows removed by a mask and put back, traced with all rows.
+
+    y = x[mask]          the rows of x that `mask [B]` keeps
+    out[mask] = f(y)     each result in its row again
+
+How many rows are kept is for data to say, and no trace can ask for it. Traced are all B rows, with a kept row in the
+place of each that is not (`kept_rows`), and those results are not put back: `out = where(mask, f(y), out)`. Where f is
+row-wise that is the same, and f sees no row that it would not have seen. While tracing, the kept rows have a size of
+their own, so that neither forward nor the trace mistakes it for the batch's; then it is put for that. That f is
+row-wise is proved in `passes.kept_regions`; else the model is captured again without this.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import sympy
+import torch
+import torch.fx
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from roo_rewrite.ops.kept import kept_rows
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("roo::kept_source", mutates_args=())
+def source_op(mask: Tensor) -> Tensor:
+    """Stands for the numbers of the kept rows while tracing; it is never run on real tensors."""
+    raise RuntimeError("roo::kept_source exists only while tracing")
+
+
+@source_op.register_fake
+def _source_shape(mask: Tensor) -> Tensor:
+    return mask.new_empty((torch.library.get_ctx().new_dynamic_size(min=2),), dtype=torch.long)
+
+
+@torch.library.custom_op("roo::put_rows", mutates_args=())
+def put_op(out: Tensor, mask: Tensor, values: Tensor) -> Tensor:
+    """Stands for `out` with the kept rows written over while tracing; it is never run on real tensors."""
+    raise RuntimeError("roo::put_rows exists only while tracing")
+
+
+@put_op.register_fake
+def _put_shape(out: Tensor, mask: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(out)
+
+
+class Masked:
+    """Whether rows that a mask keeps are traced so (`wanted`), and whether there were any (`used`)."""
+
+    def __init__(self, wanted: bool):
+        self.wanted, self.used = wanted, False
+
+    def rows(self, size: int, tracing: bool) -> contextlib.AbstractContextManager[Any]:
+        """While active, on a batch of `size` rows it is done so."""
+        return _KeptRows(self, size, tracing) if self.wanted else contextlib.nullcontext()
+
+
+class _KeptRows(TorchFunctionMode):
+    """`x[mask]` and `out[mask] = y` on a batch of `rows` rows, as above."""
+
+    def __init__(self, masked: Masked, rows: int, tracing: bool):
+        super().__init__()
+        self.masked, self.rows, self.tracing = masked, rows, tracing
+        self.sources: dict[int, tuple[Tensor, int, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and self._masked(*args):
+            self.masked.used = True
+            x, mask = args
+            return x.index_select(0, self._source(mask)) if self.tracing else kept_rows(x, mask)
+        if func is torch.Tensor.__setitem__ and self._masked(*args[:2]) and self._kept(*args):
+            out, mask, values = args
+            out.copy_(torch.ops.roo.put_rows(*args) if self.tracing else torch.where(_over(mask, out), values, out))
+            return None
+        return func(*args, **(kwargs or {}))
+
+    def _masked(self, x: Any, index: Any) -> bool:
+        """Whether an index is one mask over the batch, the first dim of x."""
+        plain = isinstance(index, Tensor) and index.dtype == torch.bool and index.ndim == 1 and x.ndim > 0
+        return plain and _hint(index.shape[0]) == _hint(x.shape[0]) == self.rows
+
+    def _kept(self, out: Tensor, mask: Tensor, values: Any) -> bool:
+        """Whether values have a row for each that is kept."""
+        if not isinstance(values, Tensor) or values.ndim != out.ndim:
+            return False
+        if not self.tracing:
+            return values.shape[0] == self.rows
+        known = self.sources.get(id(mask))
+        return known is not None and known[1] == mask._version and _symbol(values) == _symbol(known[2])
+
+    def _source(self, mask: Tensor) -> Tensor:
+        known = self.sources.get(id(mask))
+        if known is None or known[1] != mask._version:
+            known = self.sources[id(mask)] = (mask, mask._version, torch.ops.roo.kept_source(mask))
+        return known[2]
+
+
+def _hint(size: int | torch.SymInt) -> int | None:
+    if isinstance(size, torch.SymInt):
+        return size.node.hint if size.node.has_hint() else None
+    return size
+
+
+def _symbol(x: Tensor) -> Any:
+    size = x.shape[0]
+    return size.node.expr if isinstance(size, torch.SymInt) else size
+
+
+def _over(mask: Tensor, out: Tensor) -> Tensor:
+    return mask.view([-1] + [1] * (out.ndim - 1))
+
+
+def settled(graph: Graph, batch: sympy.Symbol | None, rows: int) -> bool:
+    """Puts all rows in the place of the kept ones, in a graph traced on `rows` of them. False where there are none.
+
+    batch: the trace's symbol of the batch.
+    """
+    sources = [n for n in graph.nodes if n.target is torch.ops.roo.kept_source.default]
+    if not sources or batch is None:
+        return False
+    sizes = {n.meta["val"].shape[0].node.expr: batch for n in sources}
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(lambda v: _resized(v, sizes, rows), node.meta["val"])
+            node.meta.pop("unbacked_bindings", None)
+    for node in list(graph.nodes):
+        if node.target is aten.index_select.default and node.args[2] in sources:
+            _replace(graph, node, kept_rows, (node.args[0], node.args[2].args[0]))
+        elif node.target is torch.ops.roo.put_rows.default:
+            _put(graph, node)
+    for node in sources:
+        for user in list(node.users):  # its size is the batch's
+            _replace(graph, user, user.target, (node.args[0], *user.args[1:]))
+        graph.erase_node(node)
+    return True
+
+
+def _put(graph: Graph, node: Node) -> None:
+    out, mask, values = node.args
+    assert isinstance(out, Node)
+    assert isinstance(mask, Node)
+    shape = [-1] + [1] * (out.meta["val"].ndim - 1)
+    with graph.inserting_before(node):
+        over = graph.call_function(aten.view.default, (mask, shape))
+    flag = mask.meta["val"]
+    over.meta = {**node.meta, "val": flag.as_strided([flag.shape[0], *shape[1:]], [1] * len(shape))}
+    _replace(graph, node, aten.where.self, (over, values, out))
+
+
+def _replace(graph: Graph, node: Node, target: Any, args: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        made = graph.call_function(target, args)
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def _resized(value: Any, sizes: dict[Any, sympy.Symbol], rows: int) -> Any:
+    """A traced value whose sizes in terms of `sizes` are in terms of the batch."""
+    if isinstance(value, torch.SymInt):
+        expr = value.node.expr
+        if not expr.free_symbols & set(sizes):
+            return value
+        env: ShapeEnv = value.node.shape_env
+        swapped = expr.subs(sizes)
+        hint = swapped.subs(dict.fromkeys(sizes.values(), rows))
+        return env.create_symintnode(swapped, hint=int(hint) if hint.is_Integer else None)
+    if not isinstance(value, Tensor):
+        return value
+    shape, stride = ([_resized(s, sizes, rows) for s in part] for part in (value.shape, value.stride()))
+    if all(a is b for a, b in zip([*value.shape, *value.stride()], [*shape, *stride])):
+        return value
+    with value.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)

@@ -1,0 +1,34 @@
+"""Rows that a mask keeps, with the others filled in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class FewRowsError(RuntimeError):
+    """A mask keeps fewer than two rows of a batch, which no trace has seen."""
+
+
+def kept_rows(x: Tensor, mask: Tensor) -> Tensor:
+    """x `[B, ...]` with the first row that mask `[B]` keeps in the place of each that it does not."""
+    return x.index_select(0, _source(mask, mask))
+
+
+def kept_source(mask: Tensor, num_impressions: Tensor | None = None) -> Tensor:
+    """The row that `kept_rows` takes for each: int64 `[B]`. Raises FewRowsError where it keeps one or none of several.
+
+    num_impressions: `[B]` where the rows are requests: then impressions are counted, and the row that fills in for
+    others is one that has some, so that it is the one their impressions would take.
+    """
+    if num_impressions is None:
+        num_impressions = torch.ones_like(mask, dtype=torch.long)
+    if not torch.compiler.is_compiling() and int((num_impressions * mask).sum()) < 2 <= int(num_impressions.sum()):
+        raise FewRowsError("a mask keeps fewer than two impressions of this batch; run the original on it")
+    return _source(mask, mask & (num_impressions > 0))
+
+
+def _source(mask: Tensor, seen: Tensor) -> Tensor:
+    best = mask.to(torch.int8) + seen.to(torch.int8)
+    first = torch.cat([best, best.new_zeros(1)]).argmax()  # of no rows too
+    return torch.where(mask, torch.arange(mask.shape[0], device=mask.device), first)
