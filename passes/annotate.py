@@ -51,7 +51,7 @@ from roo_rewrite.facts import (
 from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Atom, Inputs
 from roo_rewrite.kjt import Lookup
-from roo_rewrite.ops.kept import kept_rows
+from roo_rewrite.ops.kept import kept_rows, sorted_rows, unsorted_rows
 from roo_rewrite.probing import probe
 from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, op_name
 
@@ -127,7 +127,7 @@ def _call(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> A
     if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)):
         _note_steady(captured, node)
         return Annotation(Provenance.IMPRESSION, Size())
-    operands = [n for n in node.all_input_nodes if _is_tensor(n)]
+    operands = [n for n in _told_by(node) if _is_tensor(n)]
     sources = [annotation(n).provenance for n in operands]
     try:
         batching = _checked(captured, _batching(captured, node, model, policy), value)
@@ -160,14 +160,14 @@ def _is_tensor(node: Node) -> bool:
 
 
 def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) -> Batching:
-    for source in node.all_input_nodes:
+    for source in _told_by(node):
         known = annotation(source).batching
         if isinstance(known, CrossRow):
             raise NotRowWise(known.reason)
     if node.target is torch.ops.roo.leaf.default:
         return _leaf(captured, node, model, policy)
-    if node.target is kept_rows:
-        return _kept(node)
+    if node.target in (kept_rows, sorted_rows, unsorted_rows):
+        return _rowwise_by_agreement(node)
     if not isinstance(node.target, OpOverload):
         raise NotRowWise(f"no row rule for {op_name(node.target)}")
     random = torch.Tag.nondeterministic_seeded in node.target.tags
@@ -199,12 +199,21 @@ def _special(node: Node, args: dict[str, Any], policy: Policy) -> Batching | Non
     return None
 
 
-def _kept(node: Node) -> Batching:
-    """Rows that a mask keeps, the others filled in by one of them: `kept_rows(E x, E m) = E kept_rows(x, m)`."""
-    known = [annotation(n).batching for n in node.all_input_nodes]
+def _rowwise_by_agreement(node: Node) -> Batching:
+    """Rows that a mask keeps, the others filled in by one of them: `kept_rows(E x, E m) = E kept_rows(x, m)`.
+
+    Sorted rows are taken for rows, and dropped or undone before anything else is done with them.
+    """
+    known = [annotation(n).batching for n in _told_by(node)]
     if not all(isinstance(b, Lengths) or b == Rows(0) for b in known):
         raise NotRowWise("a mask picks rows of more than the batch")
     return Rows(0)
+
+
+def _told_by(node: Node) -> list[Node]:
+    """What a value depends on: of sorted rows that are put back, not their order."""
+    sources = node.all_input_nodes
+    return sources[:1] if node.target in (sorted_rows, unsorted_rows) else sources
 
 
 def _of_inputs(value: Any) -> bool:

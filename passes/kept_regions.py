@@ -1,4 +1,4 @@
-"""Whether all rows may stand in the place of those that a mask keeps (see `roo_rewrite.kept`).
+"""Whether all rows may stand in the place of those that a mask keeps (`roo_rewrite.kept`), and sorted rows unsorted.
 
     k = kept_rows(x, mask)          region: k, h, and what else is made of kept rows
     h = relu(linear(k, W))
@@ -20,8 +20,6 @@ from torch.fx import Graph, Node
 from passes.annotate import EXTREMES, WEIGHTED
 from roo_rewrite.facts import (
     EFFECT,
-    Batching,
-    Lengths,
     Provenance,
     Replicated,
     RowIndex,
@@ -30,52 +28,57 @@ from roo_rewrite.facts import (
     annotation,
     parts,
 )
-from roo_rewrite.ops.kept import kept_rows
+from roo_rewrite.ops.kept import kept_rows, sorted_rows, unsorted_rows
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten.reshape.default)
 
 
-def unproved(graph: Graph) -> str | None:
-    """Why some region does not hold; None where all do."""
-    region: dict[Node, Node] = {}
+def unproved(graph: Graph) -> dict[Node, str]:
+    """The masks and orders whose regions do not hold, and why."""
+    region, reasons = dict[Node, Node](), dict[Node, str]()
     for node in graph.nodes:
         if node.op not in ("call_function", "output"):
             continue
-        reason = _visit(node, region)
+        masks = {region[n] for n in node.all_input_nodes if n in region}
+        if node.target in (kept_rows, sorted_rows, unsorted_rows):
+            masks.add(node.args[1])  # type: ignore[arg-type]
+        reason = _visit(node, masks, region)
         if reason is not None:
-            return f"{node}: {reason}"
-    return None
+            reasons |= {mask: f"{node}: {reason}" for mask in masks if mask not in reasons}
+    return reasons
 
 
-def _visit(node: Node, region: dict[Node, Node]) -> str | None:
-    """Enters a node into `region`, which tells the mask of each of its nodes; why it cannot be."""
-    masks = {region[n] for n in node.all_input_nodes if n in region}
-    if node.target is kept_rows:
-        if masks:
-            return "rows are kept among rows that a mask keeps"
-        return _enter(node, node.args[1], region)  # type: ignore[arg-type]
+def _visit(node: Node, masks: set[Node], region: dict[Node, Node]) -> str | None:
+    """Enters a node into `region`, which tells the mask or order of each of its nodes; why it cannot be."""
     if not masks:
         return None
     if len(masks) > 1:
-        return "rows of two masks meet"
+        region[node] = next(iter(masks))
+        return "rows of two masks or orders meet"
     (mask,) = masks
     if node.op == "output":
-        return "kept rows leave the region"
-    if _ends(node, mask, region) or _is_extreme(node, region):
+        return "such rows leave the region"
+    starts = node.target in (kept_rows, sorted_rows)
+    if starts and node.args[0] in region:
+        return "rows are taken among such rows"
+    if not starts and (_ends(node, mask, region) or _is_extreme(node)):
         return None
-    return _inside(node, region) or _enter(node, mask, region)
-
-
-def _enter(node: Node, mask: Node, region: dict[Node, Node]) -> str | None:
     region[node] = mask
+    if node.target is unsorted_rows:
+        return "rows are put back that were not sorted so"
+    return (None if starts else _inside(node, region)) or _rows(node, mask)
+
+
+def _rows(node: Node, mask: Node) -> str | None:
+    """Why a value of the region has no rows, or must not be there at all."""
     known = annotation(node)
     if isinstance(known.batching, Size):
         return None
-    if annotation(mask).provenance is Provenance.IMPRESSION:
+    if node.target is kept_rows and annotation(mask).provenance is Provenance.IMPRESSION:
         return "the mask depends on the impression"
-    if not all(_is_rows(part) for part in parts(known.batching)):
-        return known.reason or "a value of kept rows has no rows"
+    if not all(isinstance(part, (Rows, RowIndex)) for part in parts(known.batching)):
+        return known.reason or "a value of such rows has no rows"
     return None
 
 
@@ -93,11 +96,7 @@ def _inside(node: Node, region: dict[Node, Node]) -> str | None:
     return None
 
 
-def _is_rows(batching: Batching) -> bool:
-    return isinstance(batching, (Rows, Lengths, RowIndex))
-
-
-def _is_extreme(node: Node, region: dict[Node, Node]) -> bool:
+def _is_extreme(node: Node) -> bool:
     """Whether a node is an extreme of whole numbers over all of a value, which counts no entry twice."""
     x = node.args[0] if node.args else None
     if node.target not in EXTREMES or not isinstance(x, Node) or not isinstance(annotation(x).batching, Rows):
@@ -107,7 +106,9 @@ def _is_extreme(node: Node, region: dict[Node, Node]) -> bool:
 
 
 def _ends(node: Node, mask: Node, region: dict[Node, Node]) -> bool:
-    """Whether a node puts rows of the region back, by the region's mask."""
+    """Whether a node puts rows of the region back, by the region's mask or order."""
+    if node.target is unsorted_rows:
+        return node.args[1] is mask and node.args[0] in region and mask not in region
     if node.target is not aten.where.self:
         return False
     over, values, out = node.args

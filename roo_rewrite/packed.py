@@ -13,7 +13,7 @@ trace can follow. Padded, every row is by itself. What comes out is the same:
 - what lies behind the length is put to 0 first, so that no gradient of it is left, not even 0 * inf.
 
 A row of length 0, or one that is too long, raises, as when packed. What is not said here (other fields of a
-packed sequence, sorted batches, the cell state, dropout between layers, projections) raises while tracing, and
+packed sequence, the cell state, dropout between layers, projections) raises while tracing, and
 the module it happens in becomes a leaf. A leaf takes and gives packed sequences as `Steps`: they are packed for its
 call and padded after it.
 """
@@ -86,14 +86,29 @@ def lengths_of(tree: Any) -> list[int]:
     return [v.steps.shape[1] for v in found if isinstance(v, Steps)]
 
 
+@torch.library.custom_op("roo::descending", mutates_args=())
+def descending(lengths: Tensor) -> Tensor:
+    """The lengths, which must be in descending order. Raises RuntimeError as packing does."""
+    if len(lengths) and not bool((lengths[1:] <= lengths[:-1]).all()):
+        raise RuntimeError("`lengths` array must be sorted in decreasing order when `enforce_sorted` is True")
+    return lengths.clone()
+
+
+@descending.register_fake
+def _descending_shape(lengths: Tensor) -> Tensor:
+    return torch.empty_like(lengths)
+
+
 def _untold(what: str) -> RuntimeError:
     return RuntimeError(f"{what} cannot be traced")
 
 
 def pack(input: Tensor, lengths: Any, batch_first: bool = False, enforce_sorted: bool = True) -> Padded:
     """`pack_padded_sequence` while tracing."""
-    if enforce_sorted or not isinstance(lengths, Tensor):
-        raise _untold("packing sorted sequences, or by a list of lengths,")
+    if not isinstance(lengths, Tensor):
+        raise _untold("packing by a list of lengths")
+    if enforce_sorted:
+        lengths = torch.ops.roo.descending(lengths)
     steps = input if batch_first else input.transpose(0, 1)
     at = lengths.to(steps.device, torch.long) - 1
     longest = steps.shape[1]

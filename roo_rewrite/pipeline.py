@@ -32,6 +32,7 @@ import passes.lower
 import passes.mask_gain
 import passes.normalize
 import passes.partition
+import passes.sorted_rows
 import passes.split
 from roo_rewrite import legality
 from roo_rewrite.capture import Captured, capture, one_level
@@ -175,7 +176,7 @@ def _build(
     stages = _stages(options, captured, inputs, original, example, name)
     passes.normalize.normalize(captured)
     legality.normalized(captured.graph)
-    if captured.kept and not _proved(captured, inputs, options):
+    if not _rows_back(captured, inputs, options):
         return _build(replace(options, kept=False), model, example, statics, name)
     program = _compile(captured, inputs, options, name, stages)
     trial = Trial(original, program, inputs, statics, name, options.dropout == "per_request")
@@ -195,10 +196,14 @@ def _build(
     )
 
 
-def _proved(captured: Captured, inputs: Inputs, options: Options) -> bool:
-    """Whether all rows may be in the place of those that a mask keeps."""
+def _rows_back(captured: Captured, inputs: Inputs, options: Options) -> bool:
+    """Drops the order of rows that are sorted and put back. Whether all rows may be among those that a mask keeps."""
     passes.annotate.annotate(captured, inputs, captured.model, _policy(options))
-    return passes.kept_regions.unproved(captured.graph) is None
+    if passes.sorted_rows.find(captured):
+        passes.annotate.annotate(captured, inputs, captured.model, _policy(options))
+        passes.sorted_rows.settle(captured.graph, passes.kept_regions.unproved(captured.graph))
+        passes.annotate.annotate(captured, inputs, captured.model, _policy(options))
+    return not captured.kept or not passes.kept_regions.unproved(captured.graph)
 
 
 def _policy(options: Options) -> passes.annotate.Policy:

@@ -1,4 +1,4 @@
-"""Rows that a mask keeps, with the others filled in."""
+"""Rows that a mask keeps, with the others filled in; rows sorted and put back."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ class FewRowsError(RuntimeError):
 def kept_rows(x: Tensor, mask: Tensor) -> Tensor:
     """x `[B, ...]` with the first row that mask `[B]` keeps in the place of each that it does not."""
     return x.index_select(0, _source(mask, mask))
+
+
+def sorted_rows(x: Tensor, order: Tensor) -> Tensor:
+    """The rows of x `[B, ...]` in an order: int64 `[B]`, every row once."""
+    return x.index_select(0, order)
+
+
+def unsorted_rows(x: Tensor, order: Tensor) -> Tensor:
+    """The rows of x `[B, ...]`, which are in this order, put back."""
+    return x.index_select(0, order.argsort())
 
 
 def kept_source(mask: Tensor, num_impressions: Tensor | None = None) -> Tensor:
