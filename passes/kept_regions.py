@@ -42,7 +42,7 @@ def unproved(graph: Graph) -> dict[Node, str]:
             continue
         masks = {region[n] for n in node.all_input_nodes if n in region}
         if node.target in (kept_rows, sorted_rows, unsorted_rows):
-            masks.add(node.args[1])  # type: ignore[arg-type]
+            masks.add(node.args[1])
         reason = _visit(node, masks, region)
         if reason is not None:
             reasons |= {mask: f"{node}: {reason}" for mask in masks if mask not in reasons}

@@ -140,7 +140,7 @@ def _sort(captured: Captured, node: Any) -> tuple[Node, bool] | None:
     """(keys, descending) of a sort of a whole vector of the batch's rows."""
     if not isinstance(node, Node) or node.target not in (*_SORTS, aten.topk.default):
         return None
-    given: dict[str, Any] = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    given: dict[str, Any] = {a.name: a.default_value for a in node.target._schema.arguments}
     given |= dict(zip(given, node.args)) | dict(node.kwargs)
     keys = given["self"]
     size = keys.meta["val"].shape

@@ -167,7 +167,7 @@ def _capture(
         try:
             with sizes_kept() if seeking else contextlib.nullcontext():
                 asked = Branches(against or frozenset()) if branching else None
-                captured = _export(copied, inputs, example, statics, chosen, batch, masked, drawn, branches=asked)
+                captured = _export(copied, inputs, example, statics, chosen, batch, masked, drawn=drawn, branches=asked)
         except Unfit as e:
             if e.leaf not in notes:
                 raise
