@@ -45,7 +45,7 @@ aten = torch.ops.aten
 def blockwise(s: Splitter, app: Application) -> Form | None:
     """The op on parts. Raises NotRowWise, or returns None, where it needs its operands whole."""
     rule = find(str(app.target))
-    if rule is None or rule.sizes or len(app.target._schema.returns) != 1:
+    if rule is None or rule.sizes or [str(r.type) for r in app.target._schema.returns] != ["Tensor"]:
         return None
     pointwise = torch.Tag.pointwise in app.target.tags or rule.function is broadcasting
     if pointwise:

@@ -153,7 +153,7 @@ def jagged_apply(op: str, x: Tensor, y: Tensor, layout: Layout) -> Tensor:
     if layout.even is not None:
         blocks = getattr(torch, op)(x.reshape(-1, layout.even, *x.shape[1:]), y.unsqueeze(1))
         # Not a view for autograd: what follows may write into it.
-        flat: Tensor = torch.ops.aten._unsafe_view.default(blocks, (x.shape[0], *blocks.shape[2:]))
+        flat: Tensor = torch.ops.aten._unsafe_view.default(blocks.contiguous(), (x.shape[0], *blocks.shape[2:]))
         return flat
     wide = y.index_select(0, layout.rows)
     fits = wide.dtype == x.dtype and all(b in (1, a) for a, b in zip(wide.shape, x.shape))

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roo_rewrite.ops.mixed_rate import Layout, jagged_einsum, jagged_layout
+from roo_rewrite.ops.mixed_rate import Layout, jagged_apply, jagged_einsum, jagged_layout
 
 SHAPES = {
     "bqd,bkd->bqk": ((2, 3), (4, 3)),
@@ -41,6 +41,16 @@ def check(equation: str, counts: list[int]) -> Layout:
 @given(st.sampled_from(sorted(SHAPES)), st.lists(st.sampled_from([0, 0, 1, 2, 3, 5, 17, 40]), max_size=8))
 def test_equals_einsum_on_gathered_rows(equation: str, counts: list[int]) -> None:
     check(equation, counts)
+
+
+@pytest.mark.parametrize("op", ["add", "mul"])
+@pytest.mark.parametrize("counts", [[3, 3], [3, 4, 0], [], [0]])
+def test_applied_in_place_of_a_broadcast_whatever_the_strides(op: str, counts: list[int]) -> None:
+    number = torch.tensor(counts, dtype=torch.long)
+    rows = torch.repeat_interleave(number)
+    x, y = torch.randn(3, 2, len(rows)).permute(2, 1, 0), torch.randn(len(counts), 1, 3)
+    layout, expected = jagged_layout(number, rows), getattr(torch, op)(x, y[rows])
+    torch.testing.assert_close(jagged_apply(op, x, y, layout), expected)
 
 
 @pytest.mark.parametrize(

@@ -71,10 +71,6 @@ CASES = {
         "reshape_default = reshape(w, [-1])\nreshape_default_1 = reshape(to, [-1])\n"
         "take_along_dim_default = take_along_dim(reshape_default, reshape_default_1, 0)",
     ),
-    "entries taken along a dim stay": (
-        lambda m, u, x: torch.take_along_dim(m.w[:1], (u > x).long(), 1),
-        "gt = gt(u, 0)\nto = to(gt, torch.int64)\ntake_along_dim = take_along_dim(x, to, 1)",
-    ),
     "a draw nobody reads stays": (lambda m, u, x: (torch.rand(3), u + x)[1], "rand = rand([3])"),
 }
 

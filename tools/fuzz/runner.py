@@ -138,7 +138,7 @@ def returned(drawer: Drawer, chance: random.Random, only: int | None) -> Any:
 @contextlib.contextmanager
 def recorded(made: Recorded) -> Iterator[None]:
     """`capture` gives the recorded graph of this model instead of exporting it."""
-    with mock.patch.object(roo_rewrite.pipeline, "capture", side_effect=lambda *_: trace(made)):
+    with mock.patch.object(roo_rewrite.pipeline, "capture", side_effect=lambda *_, **__: trace(made)):
         yield
 
 
