@@ -64,7 +64,8 @@ class _Walk:
         rule = _RULES.get(node.target) if EFFECT not in node.meta else None
         found = rule(self, node) if rule is not None and not _odd(node) else None
         value: Any = node.meta["val"]
-        return self.nothing_known(node, value.dtype) if found is None or _unsure(found) else found
+        dtype = value.dtype if isinstance(value, Tensor) else torch.float64  # of a size
+        return self.nothing_known(node, dtype) if found is None or _unsure(found) else found
 
     def nothing_known(self, node: Node, dtype: torch.dtype) -> Range:
         """All that `dtype` can hold, in the dims of `node`."""
@@ -86,7 +87,7 @@ def _unsure(found: Range) -> bool:
 
 def _sizes(node: Node) -> list[Any]:
     value: Any = node.meta["val"]
-    return list(value.shape)
+    return list(value.shape) if isinstance(value, Tensor) else []
 
 
 _FACTORIES: dict[Any, float | int] = {
