@@ -126,15 +126,19 @@ def _mask(captured: Captured, mask: Node) -> Tensor | None:
 def _index(captured: Captured, node: Node) -> Node | None:
     x, indices = node.args
     assert isinstance(indices, (list, tuple))
+    masks = {i: evaluate(captured, i) for i in indices if isinstance(i, Node) and _is_mask(i)}
+    if not masks or any(value is None for value in masks.values()):
+        return None
     made: list[Any] = []
     with captured.graph.inserting_before(node):
         for index in indices:
-            masked = isinstance(index, Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
-            value = evaluate(captured, index) if masked else None  # type: ignore[arg-type]
-            if masked and value is None:
-                return None
+            value = masks.get(index) if isinstance(index, Node) else None
             made += [index] if value is None else [_literal(captured, at) for at in value.nonzero(as_tuple=True)]
         return _call(captured, aten.index.Tensor, x, made)
+
+
+def _is_mask(index: Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
 def _nonzero(captured: Captured, node: Node) -> Node | list[Node] | None:

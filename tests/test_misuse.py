@@ -105,7 +105,7 @@ def test_verify_of_something_else(pair: tuple[nn.Module, Any]) -> None:
     for other in (nn.Linear(2, 2), Model().double()):
         with pytest.raises(roo.RooError):
             roo.verify(other, made)
-    with pytest.raises(roo.RooError, match="nothing was verified"):
+    with pytest.raises(roo.InputError, match="batches 1 or more"):
         roo.verify(model, made, batches=0)
     with pytest.raises(roo.InputError, match="whole numbers"):
         roo.verify(model, made, seed="a")  # type: ignore[arg-type]

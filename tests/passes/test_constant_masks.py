@@ -75,7 +75,7 @@ def test_a_flattened_pick_is_one_row_each(captured: Callable[..., Any], printed:
 
 LEFT = {
     "a mask of the batch": lambda m, u, x: torch.masked_select(squares(u, x), u.unsqueeze(1) > 0).sum(),
-    "rows of the batch": lambda m, u, x: u[x[:, 0] > 0].sum(),
+    "rows of the batch": lambda m, u, x: u[(x[:, 0] > 0).nonzero().squeeze(1)].sum(),
     "a mask of a weight": lambda m, u, x: torch.masked_select(squares(u, x), m.w > 0).sum(),
 }
 
