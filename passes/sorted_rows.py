@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 from roo_rewrite.capture import Captured
 from roo_rewrite.facts import RowIndex, annotation
 from roo_rewrite.guards import BATCH
+from roo_rewrite.kept import replaced
 from roo_rewrite.ops.kept import sorted_rows, unsorted_rows
 
 aten = torch.ops.aten
@@ -54,7 +55,7 @@ def find(captured: Captured) -> bool:
     wanted = set(orders.values())
     marked = [(n, x, orders.get(i), i) for n, x, i in picks if i in orders or i in wanted]
     for node, x, undone, index in marked:
-        _replace(graph, node, sorted_rows if undone is None else unsorted_rows, (x, undone or index))
+        replaced(graph, node, sorted_rows if undone is None else unsorted_rows, (x, undone or index))
     for order in wanted:
         _mark_keys(graph, order)
     return bool(marked)
@@ -77,16 +78,8 @@ def settle(graph: Graph, unproved: Collection[Node]) -> None:
             with graph.inserting_before(node):
                 index = graph.call_function(aten.argsort.default, (order,))
             index.meta = dict(order.meta)
-        _replace(graph, node, aten.index_select.default, (x, 0, index))
+        replaced(graph, node, aten.index_select.default, (x, 0, index))
     graph.eliminate_dead_code()
-
-
-def _replace(graph: Graph, node: Node, target: Any, args: tuple[Any, ...]) -> None:
-    with graph.inserting_before(node):
-        made = graph.call_function(target, args)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
 
 
 def _mark_keys(graph: Graph, order: Node) -> None:
