@@ -24,6 +24,7 @@ from torch.fx import Graph, Node
 from passes.forms import is_static, same_shape
 from passes.functionalize import keeps, mutated
 from roo_rewrite.facts import AUTOCAST, EFFECT, SIDE
+from roo_rewrite.nodes import replaced
 
 aten = torch.ops.aten
 
@@ -89,13 +90,13 @@ def _concatenated(graph: Graph, node: Node, made: dict[Any, Node], written: set[
     key = (node.meta[SIDE], _times(shape[:dim]), tuple(origins))
     flat = [int(s) if is_static(s) else -1 for s in shape]
     if key in made and flat.count(-1) < 2 and 0 not in flat:
-        _replace(graph, node, aten.reshape.default, made[key], flat)
+        replaced(graph, node, aten.reshape.default, made[key], flat)
         return
     made.setdefault(key, node)
     inner = [p.args[0] for p in parts if _adds_dim(p, dim)]
     alike = all(same_shape(values[0].shape, v.shape) for v in values)
     if node.target is aten.cat.default and alike and len(inner) == len(parts):
-        made[key] = _replace(graph, node, aten.stack.default, inner, dim)
+        made[key] = replaced(graph, node, aten.stack.default, inner, dim)
 
 
 def _adds_dim(part: Node, dim: int) -> bool:
@@ -105,15 +106,6 @@ def _adds_dim(part: Node, dim: int) -> bool:
 def _times(sizes: Sequence[Any]) -> tuple[int, tuple[str, ...]]:
     """A product of traced sizes."""
     return math.prod(s for s in sizes if is_static(s)), tuple(str(s) for s in sizes if not is_static(s))
-
-
-def _replace(graph: Graph, node: Node, target: Any, *args: Any) -> Node:
-    with graph.inserting_before(node):
-        new = graph.call_function(target, args)
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    return new
 
 
 def scaled_terms(graph: Graph) -> None:

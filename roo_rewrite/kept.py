@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from roo_rewrite.nodes import replaced
 from roo_rewrite.ops.kept import kept_rows
 
 aten = torch.ops.aten
@@ -132,12 +133,12 @@ def settled(graph: Graph, batch: sympy.Symbol | None, rows: int) -> bool:
             node.meta.pop("unbacked_bindings", None)
     for node in list(graph.nodes):
         if node.target is aten.index_select.default and node.args[2] in sources:
-            replaced(graph, node, kept_rows, (node.args[0], node.args[2].args[0]))
+            replaced(graph, node, kept_rows, node.args[0], node.args[2].args[0])
         elif node.target is torch.ops.roo.put_rows.default:
             _put(graph, node)
     for node in sources:
         for user in list(node.users):  # its size is the batch's
-            replaced(graph, user, user.target, (node.args[0], *user.args[1:]))
+            replaced(graph, user, user.target, node.args[0], *user.args[1:])
         graph.erase_node(node)
     return True
 
@@ -151,16 +152,7 @@ def _put(graph: Graph, node: Node) -> None:
         over = graph.call_function(aten.view.default, (mask, shape))
     flag = mask.meta["val"]
     over.meta = {**node.meta, "val": flag.as_strided([flag.shape[0], *shape[1:]], [1] * len(shape))}
-    replaced(graph, node, aten.where.self, (over, values, out))
-
-
-def replaced(graph: Graph, node: Node, target: Any, args: tuple[Any, ...]) -> None:
-    """Puts a call, traced alike, in the place of a node."""
-    with graph.inserting_before(node):
-        made = graph.call_function(target, args)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
+    replaced(graph, node, aten.where.self, over, values, out)
 
 
 def _resized(value: Any, sizes: dict[Any, sympy.Symbol], rows: int) -> Any:
