@@ -25,7 +25,7 @@ from torch.fx import Graph, Node
 from roo_rewrite.capture import Captured
 from roo_rewrite.facts import RowIndex, annotation
 from roo_rewrite.guards import BATCH
-from roo_rewrite.kept import replaced
+from roo_rewrite.nodes import replaced
 from roo_rewrite.ops.kept import sorted_rows, unsorted_rows
 
 aten = torch.ops.aten
@@ -38,6 +38,11 @@ _COPIES = (
     aten.alias.default,
 )
 _SORTS = (aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable)
+
+
+def sorts(graph: Graph) -> bool:
+    """Whether there is anything for `find` to look at."""
+    return any(node.target in (*_SORTS, aten.topk.default) for node in graph.nodes)
 
 
 def find(captured: Captured) -> bool:
@@ -55,7 +60,7 @@ def find(captured: Captured) -> bool:
     wanted = set(orders.values())
     marked = [(n, x, orders.get(i), i) for n, x, i in picks if i in orders or i in wanted]
     for node, x, undone, index in marked:
-        replaced(graph, node, sorted_rows if undone is None else unsorted_rows, (x, undone or index))
+        replaced(graph, node, sorted_rows if undone is None else unsorted_rows, x, undone or index)
     for order in wanted:
         _mark_keys(graph, order)
     return bool(marked)
@@ -78,7 +83,7 @@ def settle(graph: Graph, unproved: Collection[Node]) -> None:
             with graph.inserting_before(node):
                 index = graph.call_function(aten.argsort.default, (order,))
             index.meta = dict(order.meta)
-        replaced(graph, node, aten.index_select.default, (x, 0, index))
+        replaced(graph, node, aten.index_select.default, x, 0, index)
     graph.eliminate_dead_code()
 
 

@@ -198,6 +198,8 @@ def _build(
 
 def _rows_back(captured: Captured, inputs: Inputs, options: Options) -> bool:
     """Drops the order of rows that are sorted and put back. Whether all rows may be among those that a mask keeps."""
+    if not captured.kept and not passes.sorted_rows.sorts(captured.graph):
+        return True
     passes.annotate.annotate(captured, inputs, captured.model, _policy(options))
     if passes.sorted_rows.find(captured):
         passes.annotate.annotate(captured, inputs, captured.model, _policy(options))
