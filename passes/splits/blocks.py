@@ -48,6 +48,8 @@ def blockwise(s: Splitter, app: Application) -> Form | None:
     if rule is None or rule.sizes or [str(r.type) for r in app.target._schema.returns] != ["Tensor"]:
         return None
     pointwise = torch.Tag.pointwise in app.target.tags or rule.function is broadcasting
+    if pointwise and [type(f) for f in operands(app)] == [Filled]:
+        return _of_constant(s, app)
     if pointwise:
         app = mapped(app, _opened)
     simple = (Whole, Blocks, Expanded)
@@ -58,6 +60,22 @@ def blockwise(s: Splitter, app: Application) -> Form | None:
     if any(isinstance(f, Expanded) for f in operands(app)):
         return _unexpanded(s, app)
     return _by_rule(s, app)
+
+
+def _of_constant(s: Splitter, app: Application) -> Form | None:
+    """What an op makes of one number everywhere."""
+    (x,) = operands(app)
+    assert isinstance(x, Filled)
+    if torch.Tag.nondeterministic_seeded in app.target.tags:
+        return None
+    args, kwargs = app.arguments(lambda v: torch.full((), v.value, dtype=dtype_of(v)) if isinstance(v, Filled) else v)
+    if any(isinstance(v, Node) for v in (*args, *kwargs.values())):
+        return None
+    found = app.target(*args, **kwargs)
+    like = x.like
+    if found.dtype != dtype_of(x):
+        like = s.builder.call(aten.new_full.default, x.like, [], 0, dtype=found.dtype)
+    return Filled(found.item(), x.shape, like)
 
 
 def _opened(form: Form) -> Form:

@@ -56,16 +56,30 @@ def ranged(s: Splitter, form: Any) -> Range | None:
 
 @handles("aten.masked_fill.Scalar")
 def masked_fill(s: Splitter, app: Application) -> Form | None:
-    """Where the mask is known to be all True the value is a constant; all False, nothing happens."""
+    """Where the mask is known to be all True the value is a constant; all False, nothing happens.
+
+    What is one low number already is that number, or another, whatever the mask.
+    """
     x, mask, value = app.form("self"), app.form("mask"), app["value"]
-    found = ranged(s, mask)
     grows = not same_shape(broadcast([x.shape, mask.shape]), x.shape)
-    if found is None or not isinstance(value, (int, float)) or grows:
+    if not isinstance(value, (int, float)) or grows:
+        return None
+    if isinstance(x, (Filled, Banned)):
+        return _filled_again(s, app, x, float(value))
+    found = ranged(s, mask)
+    if found is None:
         return None
     low, high = found
     if bool((low == 1).all()) and low.numel() and not isinstance(x, Blocks):
         return Filled(float(value), x.shape, next(iter(_nodes(x))))
     return x if bool((high == 0).all()) else None
+
+
+def _filled_again(s: Splitter, app: Application, x: Filled | Banned, value: float) -> Form | None:
+    if isinstance(x, Filled) and x.value == value:
+        return x
+    low = x.value <= LOW and value <= LOW
+    return Banned(s, s.plain(app), app, max(x.value, value)) if low else None
 
 
 def _nodes(form: Form) -> list[Node]:

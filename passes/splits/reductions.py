@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from passes.forms import Blocks, Expanded, Form, Sum, dtype_of, provenance, same_size
+from passes.forms import Blocks, Expanded, Filled, Form, Sum, dtype_of, provenance, same_size
 from passes.split import Application, Splitter, handles
 from passes.splits.blocks import broadcast
 from passes.splits.scaled import Squared, sum_of_squares
@@ -80,13 +80,15 @@ def chained(s: Splitter, app: Application) -> Form | None:
     dims = reduced_dims(app, x)
     if not isinstance(x, Blocks) or dims is None or x.dim not in dims:
         return None
-    combine = {
-        "aten.amax.default": aten.maximum.default,
-        "aten.amin.default": aten.minimum.default,
-        "aten.any.dim": aten.logical_or.default,
-        "aten.all.dim": aten.logical_and.default,
-        "aten.prod.dim_int": aten.mul.Tensor,
+    combine, neutral = {
+        "aten.amax.default": (aten.maximum.default, None),
+        "aten.amin.default": (aten.minimum.default, None),
+        "aten.any.dim": (aten.logical_or.default, 0),
+        "aten.all.dim": (aten.logical_and.default, 1),
+        "aten.prod.dim_int": (aten.mul.Tensor, 1),
     }[str(app.target)]
+    counts = [p for p in x.parts if not (isinstance(p, Filled) and p.value == neutral)]
+    x = Blocks(x.dim, tuple(counts or x.parts[:1]))
     result, *rest = [s.apply(app.replaced(self=p)) for p in by_side(s, x)]
     for other in rest:
         result = s.op(combine, result, other)
