@@ -10,6 +10,7 @@ anything else               none; kept as it is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -114,24 +115,31 @@ class Columns(Leaf):
     request: tuple[Range, ...]
     width: int
 
+    @functools.cached_property
     def _pieces(self) -> list[tuple[bool, Range]]:
         """All columns in order, as (is request, range)."""
         edges = sorted({0, self.width, *(e for r in self.request for e in r)})
         return [((a, b) in self.request, (a, b)) for a, b in zip(edges, edges[1:])]
+
+    @functools.cached_property
+    def _widths(self) -> tuple[int, int]:
+        """How many columns are the request's, and how many the impressions'."""
+        request = sum(b - a for is_request, (a, b) in self._pieces if is_request)
+        return request, self.width - request
 
     def from_impression(self, value: Any) -> list[Tensor]:
         if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != self.width:
             raise InputError(f"input {self.name!r} must be a tensor [rows, {self.width}], got {shown(value)}")
         sides = []
         for wanted in (True, False):
-            parts = [value[:, a:b] for is_request, (a, b) in self._pieces() if is_request is wanted]
+            parts = [value[:, a:b] for is_request, (a, b) in self._pieces if is_request is wanted]
             sides.append(torch.cat(parts, 1) if parts else value[:, :0])
         return sides
 
     def to_impression(self, atoms: Sequence[Tensor]) -> Any:
         taken = {True: 0, False: 0}
         parts = []
-        for is_request, (a, b) in self._pieces():
+        for is_request, (a, b) in self._pieces:
             start = taken[is_request]
             taken[is_request] = start + b - a
             parts.append(atoms[0 if is_request else 1][:, start : start + b - a])
@@ -143,8 +151,7 @@ class Columns(Leaf):
                 f"input {self.name!r} holds columns of both sides: pass the pair "
                 "(x_request [R, .], x_impression [I, .])"
             )
-        widths = [sum(b - a for is_request, (a, b) in self._pieces() if is_request is side) for side in (True, False)]
-        for side, part, width in zip(("request", "impression"), value, widths):
+        for side, part, width in zip(("request", "impression"), value, self._widths):
             if part.ndim < 2 or part.shape[1] != width:
                 raise InputError(f"{side} part of input {self.name!r} must be [rows, {width}], got {shown(part)}")
         return list(value)

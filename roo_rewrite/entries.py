@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.nn import functional
 
+from roo_rewrite.owners import share_owners
+
 aten = torch.ops.aten
 
 # Called with the arguments of the overload, by place and by name, these run that overload.
@@ -78,6 +80,8 @@ ENTRIES: dict[Any, Any] = {
     aten.t.default: torch.t,
     aten.tanh.default: torch.tanh,
     aten.tanh_.default: torch.tanh_,
+    aten.to.device: Tensor.to,
+    aten.to.dtype: Tensor.to,
     aten.transpose.int: torch.transpose,
     aten.unbind.int: torch.unbind,
     aten.unsqueeze.default: torch.unsqueeze,
@@ -96,6 +100,7 @@ def with_entries(graph: Graph) -> Graph:
             node.target = _SIZES[node.target]
         elif node.op == "call_function" and node.args and _is_tensor(node.args[0]):
             _enter(node)
+    share_owners(copied)
     return copied
 
 

@@ -6,6 +6,7 @@ rows on the request side; packed columns and KeyedJaggedTensors become a pair (r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any
@@ -34,7 +35,7 @@ from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec, matches
 from roo_rewrite.jagged_pairs import jagged_pairs
 from roo_rewrite.kjt import is_jagged, is_kjt, is_ragged, name_parts
-from roo_rewrite.nest import Nest, gather, nest_of
+from roo_rewrite.nest import Nest, call_nests, gather
 from roo_rewrite.ops.ragged import select_ragged
 from roo_rewrite.parameters import Parameters, Path, follow, parameters_of
 
@@ -75,7 +76,8 @@ class Inputs:
     atoms: tuple[Atom, ...] = field(init=False, compare=False)
     _keepers: dict[Provenance, tuple[tuple[int, Atom], ...]] = field(init=False, compare=False, repr=False)
     _offsets: dict[str, Kind] = field(init=False, compare=False, repr=False)
-    _nest: Nest | None = field(init=False, compare=False, repr=False)
+    _nests: dict[Provenance, Nest | None] = field(init=False, compare=False, repr=False)
+    _packed: tuple[tuple[int, Columns], ...] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Every call asks for these.
@@ -87,8 +89,12 @@ class Inputs:
             self, "_keepers", {side: tuple((i, a) for i, a in rowed if a.provenance is side) for side in Provenance}
         )
         object.__setattr__(self, "_offsets", {n: k for n, k in given.items() if k != "lengths"})
-        plain = len(given) == len(self.leaves) and not self._offsets
-        object.__setattr__(self, "_nest", nest_of(self.paths) if plain else None)
+        starts = itertools.accumulate((len(leaf.atoms) for leaf in self.leaves), initial=0)
+        packed = tuple((at, leaf) for at, leaf in zip(starts, self.leaves) if isinstance(leaf, Columns))
+        plain = len(given) + len(packed) == len(self.leaves) and not self._offsets
+        nests = call_nests(self.paths, [isinstance(leaf, Columns) for leaf in self.leaves]) if plain else {}
+        object.__setattr__(self, "_packed", packed)
+        object.__setattr__(self, "_nests", nests)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Inputs:
         # Immutable; torch warns of copies of its tree specs.
@@ -106,7 +112,10 @@ class Inputs:
         request = level is Provenance.REQUEST
         given = self.parameters.bind(args, kwargs)
         atoms: list[Tensor] = []
-        if self._nest is not None and gather(given, self._nest, atoms):
+        nest = self._nests.get(level)
+        if nest is not None and gather(given, nest, atoms):
+            for at, columns in self._packed:
+                columns.from_request(atoms[at : at + 2])
             return atoms, []
         atoms.clear()
         statics: list[Any] = []

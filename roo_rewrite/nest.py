@@ -1,6 +1,8 @@
 """The nesting of a call whose leaves are all plain tensors, so that the usual call is taken apart in one walk.
 
 paths  (user, u0) (user, u1) (dense)      nest  (("user", (("u0", None), ("u1", None))), ("dense", None))
+
+At request level packed columns are a pair of tensors.
 """
 
 from __future__ import annotations
@@ -10,9 +12,19 @@ from typing import Any
 
 from torch import Tensor
 
+from roo_rewrite.facts import Provenance
 from roo_rewrite.parameters import Path
 
 Nest = tuple[tuple[Any, Any], ...]  # key and nest, None for a tensor; in the order of the leaves
+_PAIR: tuple[Path, ...] = ((("item", 0),), (("item", 1),))
+
+
+def call_nests(paths: Sequence[Path], packed: Sequence[bool]) -> dict[Provenance, Nest | None]:
+    """The nest of a call at each level; `packed` says which leaves are columns of both sides."""
+    sides = (_PAIR if columns else ((),) for columns in packed)
+    pairs = [(*path, *side) for path, both in zip(paths, sides) for side in both]
+    wide = None if any(packed) else nest_of(paths)
+    return {Provenance.IMPRESSION: wide, Provenance.REQUEST: nest_of(pairs)}
 
 
 def nest_of(paths: Sequence[Path]) -> Nest | None:

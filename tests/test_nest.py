@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
-from roo_rewrite.nest import gather, nest_of
+from roo_rewrite.facts import Provenance
+from roo_rewrite.nest import call_nests, gather, nest_of
 from roo_rewrite.parameters import follow
 
 LEAF = torch.ones(2)
@@ -67,3 +68,18 @@ def test_another_nesting_is_left_to_the_paths(call: dict[str, Any]) -> None:
 
 def test_paths_through_attributes_have_no_nest() -> None:
     assert nest_of([(("item", "a"), ("item", "b")), (("item", "a"), ("attribute", "left"))]) is None
+
+
+def test_packed_columns_are_a_pair_at_request_level() -> None:
+    path, other = (("item", "x"),), (("item", "h"), ("item", 0))
+    nests = call_nests([path, other], [True, False])
+    assert nests[Provenance.IMPRESSION] is None, "their columns are to be told apart"
+    user, item, rest = torch.ones(2), torch.ones(3), torch.ones(4)
+    nest, found = nests[Provenance.REQUEST], []
+    assert nest is not None and gather({"x": (user, item), "h": [rest]}, nest, found)
+    assert all(a is b for a, b in zip(found, (user, item, rest), strict=True))
+    for pair in (user, (user,), (user, item, rest), (user, 1.0)):
+        assert not gather({"x": pair, "h": [rest]}, nest, [])
+    assert call_nests([path], [False]) == {
+        side: nest_of([path]) for side in (Provenance.REQUEST, Provenance.IMPRESSION)
+    }
