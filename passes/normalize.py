@@ -204,13 +204,15 @@ def _matmul(captured: Captured, node: Node) -> Node | None:
 
 
 def _take_along(captured: Captured, node: Node) -> Node | None:
-    """Without a dim both are seen as vectors, which torch does by a view that other strides do not allow."""
+    """Without a dim both are seen as vectors, which torch does by a view that other strides do not allow; of a vector
+    it asks how long it is.
+    """
     x, index = node.args[:2]
     if len(node.args) > 2 and node.args[2] is not None:
         return None
     with captured.graph.inserting_before(node):
         x, index = (_made(captured, node, aten.reshape.default, value, [-1]) for value in (x, index))
-        return _made(captured, node, aten.take_along_dim.default, x, index, 0)
+        return _made(captured, node, aten.index_select.default, x, 0, index)
 
 
 def _made(captured: Captured, like: Node, target: Any, *args: Any) -> Node:

@@ -9,6 +9,7 @@ import copy
 import copyreg
 import threading
 import types
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,8 +19,12 @@ T = TypeVar("T")
 
 
 def deep(value: T, memo: dict[int, Any] | None = None) -> T:
-    """`copy.deepcopy(value, memo)`, whatever views, read-only mappings, modules and locks are in it."""
-    with _reduced():
+    """`copy.deepcopy(value, memo)`, whatever views, read-only mappings, modules and locks are in it.
+
+    A module that torch.export made holds what warns when it is copied.
+    """
+    with _reduced(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return copy.deepcopy(value, memo)
 
 

@@ -21,7 +21,7 @@ from roo_rewrite.errors import EquivalenceError, InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import frozen_buffers, tensors_of
-from roo_rewrite.noise import SHAKES, SteadyNoise, judged, shaken, steadied
+from roo_rewrite.noise import SHAKES, SteadyNoise, jittered, judged, shaken, steadied
 from roo_rewrite.ops.broadcast import request_of
 from roo_rewrite.purity import duplicate, seeded
 
@@ -225,7 +225,7 @@ def check_once(
     outs, grads = [expected, found], [want, got]
     for shake in range(SHAKES):
         for module, level in ((truth, Provenance.IMPRESSION), (other, Provenance.REQUEST)):
-            values, gradients_of = drawn.run(shaken(module, shake), level)
+            values, gradients_of = drawn.run(shaken(module, shake), level, shake)
             outs.append(values)
             grads.append(gradients_of)
     total = sum(g.numel() for g in got if g is not None)
@@ -260,12 +260,19 @@ class _Drawn:
             t.requires_grad_(grad and t.is_floating_point())
         return cls(inputs, other._example[1], batch, seed, grad)
 
-    def run(self, module: nn.Module, level: Provenance) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Outputs, and the gradients of a weighted sum of them by every parameter and float input, compact."""
+    def run(
+        self, module: nn.Module, level: Provenance, shake: int | None = None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Outputs, and the gradients of a weighted sum of them by every parameter and float input, compact.
+
+        shake: a seed by which the inputs are off by a few units in the last place.
+        """
         request = level is Provenance.REQUEST
         atoms = self.batch.atoms if request else self.batch.expanded(self.inputs)
         if not self.gradients:  # then inputs may be changed in place
             atoms = [t.clone() for t in atoms]
+        if shake is not None:
+            atoms = jittered(atoms, shake)
         args, kwargs = self.inputs.unflatten(atoms, level, self.statics)
         if request:
             kwargs["num_impressions"] = self.batch.counts

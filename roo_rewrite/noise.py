@@ -75,6 +75,21 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense().flatten() if tensor.layout != torch.strided else tensor.flatten()
 
 
+def jittered(atoms: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Inputs off by a few units in the last place, each row on its own; whole numbers (ids, flags) stay.
+
+    Batch norm over the equal rows of one request is noise although no parameter comes before it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    made = list(atoms)
+    for i, t in enumerate(atoms):
+        if t.is_floating_point():
+            drawn = torch.rand(t.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(t)
+            factor = drawn.mul_(4 * torch.finfo(t.dtype).eps).add_(1)
+            made[i] = t * torch.where(t == t.round(), torch.ones_like(factor), factor)
+    return made
+
+
 def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
     """A copy with every parameter off by a few units in the last place: what that changes is noise.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -35,9 +34,7 @@ def twin(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {id(p): p for p in model.parameters()}
     memo.update({id(t): t for t in kept(model)})
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            copied = deep(model, memo)
+        copied = deep(model, memo)
     except Exception as e:
         raise CaptureError(f"the model cannot be copied, so not be tried out: {type(e).__name__}: {e}") from e
     assert isinstance(copied, nn.Module)
@@ -46,8 +43,12 @@ def twin(model: nn.Module) -> nn.Module:
 
 def duplicate(model: nn.Module) -> nn.Module:
     """A copy of `model`, parameters included."""
-    made = deep(model, {id(t): t for t in kept(model)})
+    memo: dict[int, Any] = {id(t): t for t in kept(model)}
+    made = deep(model, memo)
     assert isinstance(made, nn.Module)
+    for name, module in model._modules.items():
+        if name not in made._modules:  # a GraphModule's own copy has only what its code reads
+            made._modules[name] = deep(module, memo)
     return made
 
 
@@ -158,7 +159,7 @@ def untraceable(
         _spoil(ran)
         known, buffers = state(ran), dict(ran.named_buffers())
         versions = [(t, t._version) for t in _tensors(ran)]
-        changed = [name for name, value in buffers.items() if name not in dict(model.named_buffers())]
+        changed = [name for name, value in buffers.items() if name not in dict(fresh.named_buffers())]
         _load(fresh, buffers)
         torch.manual_seed(0)
         with counted(2) as draws:

@@ -22,7 +22,7 @@ from roo_rewrite.errors import EquivalenceError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import tensors_of
-from roo_rewrite.noise import SHAKES, SteadyNoise, judged, shaken, steadied
+from roo_rewrite.noise import SHAKES, SteadyNoise, jittered, judged, shaken, steadied
 from roo_rewrite.ops.kept import FewRowsError
 from roo_rewrite.program import Program, holder
 from roo_rewrite.purity import random_kept, twin
@@ -118,10 +118,12 @@ class Trial:
             except Exception:  # whatever user code raises
                 return False
 
-    def _original(self, batch: Batch) -> list[Tensor]:
+    def _original(self, batch: Batch, shake: int | None = None) -> list[Tensor]:
         atoms = batch.expanded(self.inputs)
         if not torch.is_grad_enabled():  # then the model may change them in place
             atoms = [t.clone() for t in atoms]
+        if shake is not None:
+            atoms = jittered(atoms, shake)
         args, kwargs = self.inputs.unflatten(atoms, Provenance.IMPRESSION, self.statics)
         torch.manual_seed(0)
         return tensors_of(self.truth(*args, **kwargs))
@@ -178,14 +180,13 @@ class Trial:
         self, batch: Batch, gradients: bool, name: str, shake: int
     ) -> list[tuple[list[Tensor], list[Tensor | None]]]:
         """Outputs and gradients of one copy, and of the same copy with its parameters shaken."""
-        run = {"truth": self._original, "other": self._program}[name]
         model = getattr(self, name)
         results: list[tuple[list[Tensor], list[Tensor | None]]] = []
-        for tried in (model, shaken(model, shake)):
+        for tried, seed in ((model, None), (shaken(model, shake), shake)):
             setattr(self, name, tried)
             try:
                 with random_kept(), self.noise(), torch.set_grad_enabled(gradients):
-                    made = run(batch)
+                    made = self._original(batch, seed) if name == "truth" else self._program(batch)
             finally:
                 setattr(self, name, model)
             parameters = [p for p in tried.parameters() if p.requires_grad and p.numel() < _LARGE]
@@ -251,6 +252,7 @@ class Stages:
         self.expected: list[Tensor] | None
         try:
             self.expected = self._run(captured.graph, Provenance.IMPRESSION)
+            self.shaken = self._run(captured.graph, Provenance.IMPRESSION, shake=True)
         except RuntimeError:  # a batch that the trace, and so the model, does not take
             self.expected = None
 
@@ -258,6 +260,7 @@ class Stages:
         run = runnable(graph, self.name)
         model = shaken(self.trial_of()) if shake else self.trial_of()
         atoms = [t.detach().clone() for t in self.levels[level]]
+        atoms = jittered(atoms, 0) if shake else atoms
         with random_kept(), torch.no_grad(), SteadyNoise():
             torch.manual_seed(0)
             return tensors_of(run(model, *atoms))
@@ -275,8 +278,9 @@ class Stages:
             return
         loose = _LOOSER.get(self.precision, self.precision)
         far = compare(outputs, self.expected, precision=loose) is not None
-        again = self._run(graph, level, shake=True)
-        if compare(again, outputs, precision=loose if far else self.precision) is None:
+        precision = loose if far else self.precision
+        runs = (self._run(graph, level, shake=True), outputs), (self.shaken, self.expected)
+        if all(compare(again, first, precision=precision) is None for again, first in runs):
             raise EquivalenceError(f"{stage} changed the result: {found}", where=found)
 
 

@@ -76,10 +76,10 @@ def test_packed_columns_are_a_pair_at_request_level() -> None:
     assert nests[Provenance.IMPRESSION] is None, "their columns are to be told apart"
     user, item, rest = torch.ones(2), torch.ones(3), torch.ones(4)
     nest, found = nests[Provenance.REQUEST], []
-    assert nest is not None and gather({"x": (user, item), "h": [rest]}, nest, found)
+    assert nest is not None
+    assert gather({"x": (user, item), "h": [rest]}, nest, found)
     assert all(a is b for a, b in zip(found, (user, item, rest), strict=True))
     for pair in (user, (user,), (user, item, rest), (user, 1.0)):
         assert not gather({"x": pair, "h": [rest]}, nest, [])
-    assert call_nests([path], [False]) == {
-        side: nest_of([path]) for side in (Provenance.REQUEST, Provenance.IMPRESSION)
-    }
+    plain = call_nests([path], [False])
+    assert plain == dict.fromkeys((Provenance.REQUEST, Provenance.IMPRESSION), nest_of([path]))

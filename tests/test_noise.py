@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import roo_rewrite as roo
 import roo_rewrite.pipeline
 from roo_rewrite.equivalence import check_once
-from roo_rewrite.noise import judged, steadied
+from roo_rewrite.noise import jittered, judged, steadied
 
 F64 = torch.float64
 SPEC = roo.FeatureSpec(request=["u"], impression=["x"])
@@ -116,3 +116,50 @@ def test_verify_tells_two_models_apart() -> None:
         roo.verify(Chaotic(), rewritten(Fresh().double()))
     with pytest.raises(roo.InputError, match="batches 1 or more"):
         roo.verify(Fresh(), rewritten(Fresh().double()), batches=0)
+
+
+class Normed(nn.Module):
+    """Dense inputs of the request go straight into a batch norm: no parameter comes before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.score = nn.BatchNorm1d(4), nn.Linear(8, 1)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return self.score(torch.cat([self.norm(u), x], 1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+@pytest.mark.parametrize("check", [False, True])
+def test_a_batch_norm_of_one_requests_inputs_is_noise(scale: float, check: bool) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = Normed().train()
+        made = roo.rewrite(model, (scale + scale * torch.randn(6, 4), torch.randn(6, 4)), spec=SPEC, check=check)
+        assert not made.report.fallback
+        assert "nothing was split" not in str(made.report)
+        roo.verify(model, made)
+
+
+def test_a_wrong_batch_norm_of_inputs_is_no_noise() -> None:
+    torch.manual_seed(0)
+    model = Normed().double().train()
+    made = roo.rewrite(model, (1000 * torch.randn(6, 4, dtype=F64), torch.randn(6, 4, dtype=F64)), spec=SPEC)
+    program = made._current[True]
+    right = program.emitted.whole
+    program.emitted = replace(program.emitted, whole=lambda *a: (right(*a)[0] * 1.0001,))
+    with pytest.raises(roo.EquivalenceError, match=r"off by 1.00e-04"):
+        roo.verify(model, made)
+
+
+def test_inputs_are_moved_row_by_row_but_for_whole_numbers() -> None:
+    same = torch.full((50, 1), 0.3)
+    ids, flags = torch.arange(50.0).unsqueeze(1), torch.randint(0, 2, (50,))
+    packed = torch.cat([ids, same], 1).requires_grad_()
+    moved, kept = jittered([packed, flags], 0)
+    assert kept is flags
+    assert torch.equal(moved[:, 0], packed[:, 0])
+    assert len(moved[:, 1].unique()) > 3
+    assert (moved / packed - 1)[1:].abs().max() <= 5 * torch.finfo(torch.float32).eps
+    moved.sum().backward()
+    torch.testing.assert_close(packed.grad, torch.ones_like(packed))

@@ -69,7 +69,7 @@ CASES = {
     "entries taken without a dim are taken from a vector": (
         lambda m, u, x: torch.take_along_dim(m.w, (u > x).long()),
         "reshape_default = reshape(w, [-1])\nreshape_default_1 = reshape(to, [-1])\n"
-        "take_along_dim_default = take_along_dim(reshape_default, reshape_default_1, 0)",
+        "index_select_default = index_select(reshape_default, 0, reshape_default_1)",
     ),
     "a draw nobody reads stays": (lambda m, u, x: (torch.rand(3), u + x)[1], "rand = rand([3])"),
 }

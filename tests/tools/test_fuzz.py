@@ -71,10 +71,14 @@ def test_a_step_that_holds_for_some_batches_only_is_taken_back(recorder: Recorde
 # All but the first two once ended in an error: a sum over a dim that is no list, a convolution over cuts of impressions
 # alone, scores of an attention as wide as the batch, entries taken by indices that a late expand had left
 # without strides, transposed impressions beside even requests, a list of results of what is expanded, a mask of scores
-# times the batch's size; the last, a median of what is expanded, had no value of its own.
+# times the batch's size, entries of a vector over the batch; the last, a median of what is expanded, had no value.
 @pytest.mark.parametrize(
     ("seed", "length"),
-    [(0, 5), (1, 5), *((n, 12) for n in (9501118, 9501174, 9501740, 1001632, 1005730, 1007254, 1008622, 5001382))],
+    [
+        (0, 5),
+        (1, 5),
+        *((n, 12) for n in (9501118, 9501174, 9501740, 1001632, 1005730, 1007254, 1008622, 5002894, 5001382)),
+    ],
 )
 def test_a_drawn_program_comes_out_equal(seed: int, length: int) -> None:
     steps = runner.drawn_steps(seed, length)
