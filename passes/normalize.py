@@ -11,6 +11,7 @@
     cat([x[:, :0], y], 1)                              cat([y], 1)
     masked_select(x, buffer)                           index_select (see `constant_masks`)
     index_put(x, [rows T times, c], v)                 by rows (see `repeated_rows`)
+    where(m, ones([2 * B, 4]), x)                      ones([1, 1]) (see `one_number`)
     softmax(x - max(x), 1)                             softmax(x, 1) (see `shifted_softmax`)
     masked_fill(x, eq(repeat(m, [B, 1]), 0), -1)       masked_fill(x, eq(m, 0), -1) (see `unrepeated`)
     ones_like(x: [T, T])                               ones([T, T]) (see `fills`)
@@ -35,6 +36,7 @@ from torch.fx import Graph, GraphModule, Node
 from passes.constant_masks import constant_masks
 from passes.fills import FILLS
 from passes.functionalize import functionalize, is_effect, keeps, mutated
+from passes.one_number import one_number
 from passes.pooled_columns import pooled_columns
 from passes.repeated_rows import repeated_rows
 from passes.shifted_softmax import unshifted
@@ -70,6 +72,7 @@ def normalize(captured: Captured) -> None:
         if node.op == "call_function":
             _simplify(captured, node)
     unrepeated(captured)
+    one_number(captured)
     repeated_rows(captured)
     _free_devices(captured)
     graph.eliminate_dead_code(is_impure_node=keeps)

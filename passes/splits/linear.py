@@ -23,6 +23,7 @@ from passes.split import Application, Splitter, handles
 from passes.splits import outer, weighted
 from passes.splits.atoms import Atom, Group, Meets, added, atoms_of, grouped, joined
 from passes.splits.scaled import Centred
+from roo_rewrite.cost import is_view
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -121,7 +122,8 @@ def _pays(
     """Whether the groups are faster. onto: a product is written onto the other terms (`fuse`), not beside them."""
     price, impression = s.price, Provenance.IMPRESSION
     factors = {g.factor for g in groups} - {None}
-    before = price.product(shape, k, impression) + price.move(x.shape) + 3 * price.move(x.shape) * len(factors)
+    before = price.product(shape, k, impression) + 3 * price.move(x.shape) * len(factors)
+    before += 0.0 if isinstance(x, Sum) and read_whole(s, x) else price.move(x.shape)
     products = list({g.products: g for g in groups}.values())  # scaled in several ways, multiplied once
     after = sum(price.product((*g.lead, n), g.inner, g.side) for g in products)
     after += sum(price.move((*g.lead, g.inner), g.side) for g in products if len(g.operands()) > 1)
@@ -135,6 +137,28 @@ def _pays(
     sides = ", ".join(f"{g.inner} of {k} columns per {_unit(g.side)}" for g in products)
     sides += "".join(f", {len(c[1])} with the request's factor in the weight" for cell in cells for c in cell.terms)
     return s.take(f"linear: {sides}", before, after)
+
+
+def read_whole(s: Splitter, x: Sum) -> bool:
+    """Whether something beside the op at hand reads a sum whole, which is then carried out whatever is done here."""
+    assert s.builder.origin is not None
+    users = [u for n in s.builder.origin.all_input_nodes if s.forms.get(n) is x for u in n.users]
+    return any(not _takes_terms(u) for u in users if u is not s.builder.origin)
+
+
+def _takes_terms(node: Node) -> bool:
+    """Whether an op may leave a sum that it reads as terms; of a view, whether all that read it may."""
+    if is_view(node):
+        return all(_takes_terms(u) for u in node.users)
+    if node.target in _OF_WEIGHTS:
+        weight: Any = node.args[1]
+        return all(is_static(n) for n in weight.meta["val"].shape)
+    return node.target in _OF_TERMS or (node.target in _OF_NUMBERS and not isinstance(node.args[1], Node))
+
+
+_OF_WEIGHTS = {aten.linear.default, aten.matmul.default, aten.mm.default}
+_OF_TERMS = {aten.add.Tensor, aten.sub.Tensor, aten.sum.dim_IntList, aten.mean.dim, aten.neg.default}
+_OF_NUMBERS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
 
 
 def _unit(side: Provenance) -> str:

@@ -310,3 +310,25 @@ def test_a_cut_value_times_one_that_is_expanded_beyond_it(captured: Function) ->
 
     trace, before, graph, _ = split_of(captured, model)
     same(trace, before, graph)
+
+
+SUM_READERS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], bool]] = {
+    "another linear map": (lambda h, w: F.linear(h, 2 * w), True),
+    "a sum, through a view": (lambda h, w: (h.unsqueeze(1) * 2.0 + 1.0).sum(-1), True),
+    "a product of both": (lambda h, w: h * h, False),
+    "a pointwise op": (lambda h, w: h.unsqueeze(1).relu().sum(-1), False),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SUM_READERS))
+def test_a_sum_that_is_carried_out_anyway_is_mapped_as_one(captured: Function, name: str) -> None:
+    """Term by term it is more work, which only a sum that is never made repays."""
+    read, taken = SUM_READERS[name]
+
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.cat([(u * i).sin() for i in range(32)], 1) + torch.cat([(x * i).sin() for i in range(32)], 1)
+        w = torch.cat([m.w] * 32, 1)[:2]
+        return F.linear(h, w).relu(), read(h, w)
+
+    found = split_of(captured, model, mode="priced")[-1]
+    assert [c.taken for c in found.candidates if c.where == "linear"] == [taken], found.candidates
