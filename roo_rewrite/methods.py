@@ -68,14 +68,15 @@ def named(leaf: Leaf) -> str:
 
 def failed_in(model: nn.Module, error: BaseException) -> Iterator[Leaf]:
     """The modules and functions that the error passed through, innermost first."""
-    paths = {id(m): p for p, m in model.named_modules()}
+    # The tracer may run a stand-in for a module, of another identity but with the same attributes.
+    paths = {id(vars(m)): p for p, m in model.named_modules()}
     frames, trace = list[types.FrameType](), error.__traceback__
     while trace is not None:
         frames.append(trace.tb_frame)
         trace = trace.tb_next
     for frame in reversed(frames):
         owner = frame.f_locals.get("self")
-        path = paths.get(id(owner))
+        path = paths.get(id(getattr(owner, "__dict__", None)))
         if path is not None and frame.f_code.co_name in ("forward", "_traced"):
             if path and not isinstance(owner, (nn.ModuleList, nn.ModuleDict)):
                 yield path

@@ -1,11 +1,13 @@
 """Whether a leaf is row-wise, shown by running it: gathered rows in, gathered rows out.
 
 Values on permuted, repeated and single rows of several draws; then the gradients, because a backward of
-its own may know other rows (or bend the gradient, which a sum over impressions would not survive).
+its own may know other rows (or bend the gradient, which a sum over impressions would not survive). A recurrence may
+blow rounding up beyond all bounds: a submodule that differs is run once more, in float64.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Replicated, Rows, Several
 from roo_rewrite.leaves import LeafSite, frozen_buffers
-from roo_rewrite.purity import random_kept, state
+from roo_rewrite.methods import Submodule
+from roo_rewrite.purity import duplicate, random_kept, state
 
 _DRAWS = 3
 
@@ -33,10 +36,45 @@ def probe(site: LeafSite, root: nn.Module, batchings: Sequence[Batching], batch:
         _steady(site, root)
         for draw in range(0 if declared else _DRAWS):
             inputs = [_moved(t, b, generator) if draw else t for t, b in zip(site.observed[0], batchings)]
-            law = _Law(site, root, inputs, batchings, places, batch)
-            law.values(generator)
-            law.gradients(generator)
+            try:
+                _Law(site, root, inputs, batchings, places, batch).hold(generator)
+            except NotRowWise:
+                if not _widens(site, inputs):
+                    raise
+                with _in_float64():
+                    wide = [t.double() if t.is_floating_point() else t for t in inputs]
+                    _Law(
+                        site, _Alone(duplicate(root.get_submodule(site.path)).double()), wide, batchings, places, batch
+                    ).hold(generator)
     return Several(tuple(places))
+
+
+class _Alone(nn.Module):
+    """A root of whose submodules one is asked for."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self.module
+
+
+def _widens(site: LeafSite, inputs: Sequence[Tensor]) -> bool:
+    """Whether a leaf can be run in float64 by itself, and would be another."""
+    alone = site.function is None and not any(isinstance(v, Submodule) for v in site.in_values)
+    floats = [t.dtype for t in inputs if t.is_floating_point()]
+    return alone and bool(floats) and torch.float64 not in floats
+
+
+@contextlib.contextmanager
+def _in_float64() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _place(first: tuple[int, ...], second: tuple[int, ...], batches: tuple[int, int]) -> Batching:
@@ -93,6 +131,11 @@ class _Law:
     ):
         self.site, self.root, self.batch = site, root, batch
         self.inputs, self.batchings, self.places = inputs, batchings, places
+
+    def hold(self, generator: torch.Generator) -> None:
+        """Raises NotRowWise where the law does not hold."""
+        self.values(generator)
+        self.gradients(generator)
 
     def _call(self, inputs: list[Tensor]) -> list[Tensor]:
         try:
