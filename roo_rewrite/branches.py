@@ -10,7 +10,6 @@ nothing on a batch that stays out, the one trace stands for both.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Set
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from roo_rewrite.swallowed import foreign
+from roo_rewrite.swallowed import asking
 
 # File, line, and how often forward has been there before.
 Place = tuple[str, int, int]
@@ -51,20 +50,12 @@ class Branches(TorchFunctionMode):
         return result
 
     def _answer(self, condition: Tensor) -> bool:
-        file, line = _asking()
+        file, line = asking()
         place = (file, line, self._visits[file, line])
         self._visits[file, line] += 1
         self.asked[place] = condition
         general = _GENERAL[self._made[id(condition)][1]]
         return general is not (place in self.against)
-
-
-def _asking() -> tuple[str, int]:
-    """The line of the model's code that asks."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None and foreign(frame.f_code.co_filename):
-        frame = frame.f_back
-    return frame.f_code.co_filename, frame.f_lineno
 
 
 def on_data(error: BaseException) -> bool:

@@ -8,6 +8,11 @@ place of each that is not (`kept_rows`), and those results are not put back: `ou
 row-wise that is the same, and f sees no row that it would not have seen. While tracing, the kept rows have a size of
 their own, so that neither forward nor the trace mistakes it for the batch's; then it is put for that. That f is
 row-wise is proved in `passes.kept_regions`; else the model is captured again without this.
+
+    masked_select(x, mask.view(-1, 1)).view(-1, n)      the same rows as `x[mask]`
+    x[steps == last]      entries of x `[B, T, ...]`, where each row has one: `marked_entries`
+
+That each row has one is seen when the model is run, and asked of every batch.
 """
 
 from __future__ import annotations
@@ -24,10 +29,13 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from roo_rewrite.flags import Flags, column
 from roo_rewrite.nodes import replaced
-from roo_rewrite.ops.kept import kept_rows
+from roo_rewrite.ops.kept import kept_rows, marked_entries
+from roo_rewrite.swallowed import asking
 
 aten = torch.ops.aten
+_SELECTS = (torch.masked_select, torch.Tensor.masked_select)
 
 
 @torch.library.custom_op("roo::kept_source", mutates_args=())
@@ -52,11 +60,26 @@ def _put_shape(out: Tensor, mask: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(out)
 
 
+@torch.library.custom_op("roo::marked_entries", mutates_args=())
+def marked_op(x: Tensor, mask: Tensor) -> Tensor:
+    """Stands for the entry that a mask marks in each row while tracing; it is never run on real tensors."""
+    raise RuntimeError("roo::marked_entries exists only while tracing")
+
+
+@marked_op.register_fake
+def _marked_shape(x: Tensor, mask: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:1], *x.shape[2:]))
+
+
 class Masked:
-    """Whether rows that a mask keeps are traced so (`wanted`), and whether there were any (`used`)."""
+    """Whether rows that a mask keeps are traced so (`wanted`), and whether there were any (`used`).
+
+    singly: the lines that take entries by a mask over rows and steps -> whether each row had one when they were run.
+    """
 
     def __init__(self, wanted: bool):
         self.wanted, self.used = wanted, False
+        self.singly: dict[tuple[str, int], bool] = {}
 
     def rows(self, size: int, tracing: bool) -> contextlib.AbstractContextManager[Any]:
         """While active, on a batch of `size` rows it is done so."""
@@ -70,17 +93,55 @@ class _KeptRows(TorchFunctionMode):
         super().__init__()
         self.masked, self.rows, self.tracing = masked, rows, tracing
         self.sources: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self.flags = Flags()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.__getitem__ and self._masked(*args):
+            return self._taken(*args)
+        if func in _SELECTS and not kwargs and self._column(*args):
+            return self._taken(*args).reshape(-1)
+        if func is torch.Tensor.__getitem__ and self._marks(*args):
             self.masked.used = True
-            x, mask = args
-            return x.index_select(0, self._source(mask)) if self.tracing else kept_rows(x, mask)
+            return torch.ops.roo.marked_entries(*args)
         if func is torch.Tensor.__setitem__ and self._masked(*args[:2]) and self._kept(*args):
             out, mask, values = args
-            out.copy_(torch.ops.roo.put_rows(*args) if self.tracing else torch.where(_over(mask, out), values, out))
+            mask = self.flags.first(mask)
+            put = (
+                torch.ops.roo.put_rows(out, mask, values)
+                if self.tracing
+                else torch.where(_over(mask, out), values, out)
+            )
+            out.copy_(put)
             return None
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if self.tracing:
+            self.flags.note(getattr(func, "__name__", ""), args, result)
+        return result
+
+    def _taken(self, x: Tensor, mask: Tensor) -> Tensor:
+        """The rows of x that a mask keeps."""
+        self.masked.used = True
+        if not self.tracing:
+            return kept_rows(x, mask.reshape(-1))
+        return x.index_select(0, self._source(mask))
+
+    def _column(self, x: Tensor, mask: Tensor) -> bool:
+        """Whether a mask of as many dims as x takes whole rows of it."""
+        if mask.ndim != x.ndim or x.ndim < 2 or not column(mask):
+            return False
+        flat = self.flags.first(mask) if self.tracing else mask.reshape(-1)
+        return self._masked(x, flat)
+
+    def _marks(self, x: Tensor, mask: Any) -> bool:
+        """Whether a mask over rows and steps marks one entry of each row, wherever the model was run."""
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2 or x.ndim < 2:
+            return False
+        if self.tracing:
+            return self.masked.singly.get(asking(), False) and _symbols(mask) == _symbols(x)[:2]
+        if self.rows == mask.shape[0] and mask.shape == x.shape[:2]:
+            line = asking()
+            self.masked.singly[line] = self.masked.singly.get(line, True) and bool((mask.sum(1) == 1).all())
+        return False
 
     def _masked(self, x: Any, index: Any) -> bool:
         """Whether an index is one mask over the batch, the first dim of x."""
@@ -93,10 +154,12 @@ class _KeptRows(TorchFunctionMode):
             return False
         if not self.tracing:
             return values.shape[0] == self.rows
+        mask = self.flags.first(mask)
         known = self.sources.get(id(mask))
-        return known is not None and known[1] == mask._version and _symbol(values) == _symbol(known[2])
+        return known is not None and known[1] == mask._version and _symbols(values)[0] == _symbols(known[2])[0]
 
     def _source(self, mask: Tensor) -> Tensor:
+        mask = self.flags.first(mask)
         known = self.sources.get(id(mask))
         if known is None or known[1] != mask._version:
             known = self.sources[id(mask)] = (mask, mask._version, torch.ops.roo.kept_source(mask))
@@ -109,9 +172,8 @@ def _hint(size: int | torch.SymInt) -> int | None:
     return size
 
 
-def _symbol(x: Tensor) -> Any:
-    size = x.shape[0]
-    return size.node.expr if isinstance(size, torch.SymInt) else size
+def _symbols(x: Tensor) -> list[Any]:
+    return [size.node.expr if isinstance(size, torch.SymInt) else size for size in x.shape]
 
 
 def _over(mask: Tensor, out: Tensor) -> Tensor:
@@ -124,8 +186,11 @@ def settled(graph: Graph, batch: sympy.Symbol | None, rows: int) -> bool:
     batch: the trace's symbol of the batch.
     """
     sources = [n for n in graph.nodes if n.target is torch.ops.roo.kept_source.default]
-    if not sources or batch is None:
+    marks = [n for n in graph.nodes if n.target is torch.ops.roo.marked_entries.default]
+    if not (sources or marks) or batch is None:
         return False
+    for node in marks:
+        replaced(graph, node, marked_entries, *node.args)
     sizes = {n.meta["val"].shape[0].node.expr: batch for n in sources}
     for node in graph.nodes:
         if "val" in node.meta:

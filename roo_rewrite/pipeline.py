@@ -31,6 +31,7 @@ import passes.kept_regions
 import passes.lower
 import passes.mask_gain
 import passes.normalize
+import passes.own_columns
 import passes.partition
 import passes.sorted_rows
 import passes.split
@@ -200,6 +201,7 @@ def _rows_back(captured: Captured, inputs: Inputs, options: Options) -> bool:
     """Drops the order of rows that are sorted and put back. Whether all rows may be among those that a mask keeps."""
     if not captured.kept and not passes.sorted_rows.sorts(captured.graph):
         return True
+    passes.own_columns.own_columns(captured.graph)
     passes.annotate.annotate(captured, inputs, captured.model, _policy(options))
     if passes.sorted_rows.find(captured):
         passes.annotate.annotate(captured, inputs, captured.model, _policy(options))

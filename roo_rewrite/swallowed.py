@@ -39,6 +39,14 @@ def foreign(file: str) -> bool:
     return file.startswith((*_OWN, "<frozen")) or (file.startswith(_STDLIB) and not installed)
 
 
+def asking() -> tuple[str, int]:
+    """The line of the model's code that called what is running."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and foreign(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
 @dataclass
 class Watched:
     """catches: whether the model's code has a handler. raised: file, line and type of what went through it.

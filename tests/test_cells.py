@@ -45,14 +45,6 @@ class Evolving(nn.Module):
         return PackedSequence(outs, sizes, order, back), last[back]
 
 
-def masked(x: Tensor, mask: Tensor) -> Tensor:
-    return x[mask]
-
-
-def selected(x: Tensor, mask: Tensor) -> Tensor:
-    return torch.masked_select(x, mask.view(-1, *[1] * (x.ndim - 1))).view(-1, *x.shape[1:])
-
-
 class Evolution(nn.Module):
     """Interests of a history, extracted by a GRU, evolve towards an item; rows without a history are left out."""
 

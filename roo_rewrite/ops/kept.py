@@ -1,4 +1,4 @@
-"""Rows that a mask keeps, with the others filled in; rows sorted and put back."""
+"""Rows that a mask keeps, with the others filled in; entries that it marks; rows sorted and put back."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from torch import Tensor
 
 
 class FewRowsError(RuntimeError):
-    """A mask keeps fewer than two rows of a batch, which no trace has seen."""
+    """A mask keeps fewer than two rows of a batch, or not one entry of each row, which no trace has seen."""
 
 
 def kept_rows(x: Tensor, mask: Tensor) -> Tensor:
     """x `[B, ...]` with the first row that mask `[B]` keeps in the place of each that it does not."""
     return x.index_select(0, _source(mask, mask))
+
+
+def marked_entries(x: Tensor, mask: Tensor) -> Tensor:
+    """The entry of each row of x `[B, T, ...]` that mask `[B, T]` marks: `x[mask]`.
+
+    Raises FewRowsError where it does not mark one of each row.
+    """
+    if not torch.compiler.is_compiling() and not bool((mask.sum(1) == 1).all()):
+        raise FewRowsError("a mask does not mark one entry of each row of this batch; run the original on it")
+    at = mask.to(torch.int8).argmax(1).view(-1, *[1] * (x.ndim - 1))
+    return x.gather(1, at.expand(-1, 1, *x.shape[2:])).squeeze(1)
 
 
 def sorted_rows(x: Tensor, order: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ pytest.importorskip("deepctr_torch")
 deepctr = pytest.importorskip("fixtures.deepctr")
 
 SIZES = {"user_sparse": 3, "item_sparse": 2, "user_dense": 2, "item_dense": 1, "vocab": 30, "dim": 4}
-LEAVES = {"DIEN": {"interest_extractor", "interest_evolution"}}  # recurrent nets over packed sequences
 
 
 def load(name: str, packed: bool) -> Any:
@@ -27,4 +26,4 @@ def test_is_rewritten_and_verified(name: str, packed: bool, training: bool, rewr
     model = rewritten_and_verified(fixture.model, args, kwargs, spec=fixture.spec, batches=8)
     program = model._whole_program()
     assert program.plan.request
-    assert {path.split(".")[-1] for path in program.captured.leaves} == LEAVES.get(name, set())
+    assert not program.captured.leaves
