@@ -27,7 +27,7 @@ class Flags:
         self._held: list[Any] = []  # an id is that of one tensor while it lives
 
     def note(self, name: str, args: tuple[Any, ...], result: Any) -> None:
-        """A call of a function by this name."""
+        """A call of a function by this name, all arguments by place."""
         if not isinstance(result, Tensor) or result.dtype != torch.bool:
             return
         name = name.strip("_")

@@ -114,7 +114,7 @@ class _KeptRows(TorchFunctionMode):
             out.copy_(put)
             return None
         result = func(*args, **(kwargs or {}))
-        if self.tracing:
+        if self.tracing and not kwargs:
             self.flags.note(getattr(func, "__name__", ""), args, result)
         return result
 

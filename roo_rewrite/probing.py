@@ -20,6 +20,7 @@ from roo_rewrite.methods import Submodule
 from roo_rewrite.purity import duplicate, random_kept, state
 
 _DRAWS = 3
+_LARGE = 1 << 25  # entries of the parameters of a leaf
 
 
 def probe(site: LeafSite, root: nn.Module, batchings: Sequence[Batching], batch: int, declared: bool) -> Batching:
@@ -39,7 +40,7 @@ def probe(site: LeafSite, root: nn.Module, batchings: Sequence[Batching], batch:
             try:
                 _Law(site, root, inputs, batchings, places, batch).hold(generator)
             except NotRowWise:
-                if not _widens(site, inputs):
+                if not _widens(site, root, inputs):
                     raise
                 with _in_float64():
                     wide = [t.double() if t.is_floating_point() else t for t in inputs]
@@ -60,11 +61,13 @@ class _Alone(nn.Module):
         return self.module
 
 
-def _widens(site: LeafSite, inputs: Sequence[Tensor]) -> bool:
-    """Whether a leaf can be run in float64 by itself, and would be another."""
-    alone = site.function is None and not any(isinstance(v, Submodule) for v in site.in_values)
+def _widens(site: LeafSite, root: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether a leaf can be run in float64 by itself, and would be another. A large one is not copied for that."""
+    if site.function is not None or any(isinstance(v, Submodule) for v in site.in_values):
+        return False
     floats = [t.dtype for t in inputs if t.is_floating_point()]
-    return alone and bool(floats) and torch.float64 not in floats
+    small = sum(p.numel() for p in root.get_submodule(site.path).parameters()) <= _LARGE
+    return small and bool(floats) and torch.float64 not in floats
 
 
 @contextlib.contextmanager

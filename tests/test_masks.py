@@ -94,11 +94,24 @@ def written_between(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -
     return put(lengths > 0, kept)
 
 
+def written_through_a_view(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    both = torch.stack([lengths, lengths], 1)
+    lengths = both[:, 0]
+    kept = steps[lengths > 0].sum(1)
+    both.copy_(both.roll(1, 0))
+    return put(lengths > 0, kept)
+
+
+def by_keyword(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    kept = steps[torch.ne(lengths, other=0)].sum(1)
+    return put(torch.ne(lengths, other=5), kept)
+
+
 def of_another_number(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
     return put((5 - lengths) > 0, steps[lengths > 0].sum(1))
 
 
-@pytest.mark.parametrize("region", [written_between, of_another_number])
+@pytest.mark.parametrize("region", [written_between, written_through_a_view, by_keyword, of_another_number])
 def test_other_masks_are_others(region: Region) -> None:
     model = Kept(region).eval()
     steps, lengths, item = example()
