@@ -86,6 +86,19 @@ class Static(Leaf):
 
 
 @dataclass(frozen=True)
+class RowCount(Static):
+    """A number that a batch object keeps of itself: how many rows it has."""
+
+    def checked_rows(self, value: Any, rows: Sequence[int]) -> None:
+        """Raises InputError where it is something else now: in the example it could not be told from the rows."""
+        if value not in rows:
+            raise InputError(
+                f"input {self.name!r} is {value!r} for tensors of {sorted(set(rows))} rows; in the example it was "
+                f"the number of rows, {self.value}. Rewrite with an example of another number of rows"
+            )
+
+
+@dataclass(frozen=True)
 class Dense(Leaf):
     """A tensor with its rows in dim 0, or one half of a jagged pair.
 

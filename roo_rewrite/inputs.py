@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -23,6 +22,7 @@ from roo_rewrite.atoms import (
     Keyed,
     Kind,
     Leaf,
+    RowCount,
     Static,
     as_kind,
     atoms_rows,
@@ -36,6 +36,7 @@ from roo_rewrite.features import FeatureSpec, matches
 from roo_rewrite.jagged_pairs import jagged_pairs
 from roo_rewrite.kjt import is_jagged, is_kjt, is_ragged, name_parts
 from roo_rewrite.nest import Nest, call_nests, gather
+from roo_rewrite.objects import register_objects
 from roo_rewrite.ops.ragged import select_ragged
 from roo_rewrite.parameters import Parameters, Path, follow, parameters_of
 
@@ -57,7 +58,6 @@ __all__ = [
     "is_kjt",
     "lengths_of",
     "parameters_of",
-    "register_dataclasses",
 ]
 
 
@@ -119,17 +119,22 @@ class Inputs:
             return atoms, []
         atoms.clear()
         statics: list[Any] = []
+        counts: list[tuple[RowCount, Any]] = []
         seen = 0
         for leaf, path in zip(self.leaves, self.paths):
             value = follow(given, path, leaf.name)
             seen += _leaf_count(value)
-            if isinstance(leaf, Static):
+            if isinstance(leaf, RowCount):
+                counts.append((leaf, value))
+            elif isinstance(leaf, Static):
                 statics.append(leaf.checked(value))
             else:
                 atoms += leaf.from_request(value) if request else leaf.from_impression(value)
         held = sum(_leaf_count(value) for value in given.values())
         if held != seen:
             raise InputError(f"the call holds {held - seen} values that the example does not have; rewrite with them")
+        for leaf, value in counts:
+            leaf.checked_rows(value, [atoms[i].shape[0] for side in Provenance for i, _ in self._keepers[side]])
         return self._lengths(atoms, self.atoms), statics
 
     def _lengths(self, tensors: list[Tensor], atoms: Sequence[Atom]) -> list[Tensor]:
@@ -166,6 +171,9 @@ class Inputs:
         values, at = [], 0
         given = iter(statics or ())
         for leaf in self.leaves:
+            if isinstance(leaf, RowCount):
+                values.append(self._count(atoms))
+                continue
             if isinstance(leaf, Static):
                 values.append(leaf.value if statics is None else next(given))
                 continue
@@ -174,6 +182,13 @@ class Inputs:
             values.append(leaf.to_request(mine) if level is Provenance.REQUEST else leaf.to_impression(mine))
         args, kwargs = pytree.tree_unflatten(values, self.tree)
         return tuple(args), dict(kwargs)
+
+    def _count(self, atoms: Sequence[Tensor]) -> Any:
+        """What a batch object says of its rows: those of its impressions, where it has any."""
+        for side in (Provenance.IMPRESSION, Provenance.REQUEST):
+            for i, _ in self._keepers[side]:
+                return atoms[i].shape[0]
+        return 0
 
     def rows(self, atoms: Sequence[Tensor], side: Provenance) -> int | None:
         """How many rows the atoms of `side` have; None where there are none. Raises InputError if they disagree."""
@@ -223,16 +238,6 @@ def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     return pytree.tree_flatten(tree, is_leaf=is_ragged)
 
 
-def register_dataclasses(tree: Any) -> None:
-    """Makes pytree nodes of the dataclass instances in `tree`, at any depth, that hold tensors."""
-    for value in pytree.tree_leaves(tree, is_leaf=is_ragged):
-        if is_dataclass(value) and not isinstance(value, (type, Tensor)):
-            fields = list(vars(value).values())
-            register_dataclasses(fields)
-            if any(isinstance(v, Tensor) or is_ragged(v) for v in pytree.tree_leaves(fields, is_leaf=is_ragged)):
-                torch.export.register_dataclass(type(value))
-
-
 def _path(keys: tuple[Any, ...], parameters: Parameters) -> Path:
     """A pytree path in (args, kwargs) as a path from the parameters."""
     steps = [
@@ -255,7 +260,7 @@ def bind_inputs(
     if "num_impressions" in (*parameters.names, *parameters.roots):
         raise SpecError("forward has a parameter num_impressions of its own; wrap the model and give it another name")
     call = (tuple(args), dict(kwargs))
-    register_dataclasses(call)
+    register_objects(call)
     name_parts()
     with_paths, _ = pytree.tree_flatten_with_path(call, is_leaf=is_ragged)
     tree = _flatten(call)[1]
@@ -270,7 +275,17 @@ def bind_inputs(
     sides = spec.assign(features)
     pairs = jagged_pairs(spec, features, {n: v for n, v in named if isinstance(v, Tensor)}, sides)
     leaves = [_leaf(name, value, spec, sides, pairs, features) for name, value in named]
+    rows = {len(value) for _, value in named if isinstance(value, Tensor) and value.ndim}
+    leaves = [
+        RowCount(leaf.name, leaf.value) if isinstance(leaf, Static) and _counts_rows(leaf, path, rows) else leaf
+        for leaf, path in zip(leaves, paths)
+    ]
     return Inputs(spec, tree, tuple(leaves), paths, parameters)
+
+
+def _counts_rows(leaf: Static, path: Path, rows: set[int]) -> bool:
+    """Whether a number that a batch object keeps beside its tensors is how many rows they have."""
+    return path[-1][0] == "attribute" and type(leaf.value) is int and rows == {leaf.value}
 
 
 def _names(name: str, value: Any) -> list[str]:

@@ -43,6 +43,7 @@ from roo_rewrite.errors import CaptureError, EquivalenceError, SpecError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec
 from roo_rewrite.inputs import Inputs, bind_inputs
+from roo_rewrite.lazies import give_shapes
 from roo_rewrite.leaves import default_leaves
 from roo_rewrite.module import RequestModel
 from roo_rewrite.program import Program, holder
@@ -100,6 +101,7 @@ def rewrite(
     inputs = bind_inputs(model.forward, args, kwargs, spec)
     atoms, statics = inputs.flatten(args, kwargs, Provenance.IMPRESSION)
     options = Options(_fanout(fanout), _dropout(dropout), _paths(model, leaves), check, split)
+    give_shapes(model, args, kwargs)
     known = _runs(model, args, kwargs)
     one_level(inputs, atoms)
     return RequestModel(model, inputs, atoms, statics, Builder(options), known)
