@@ -100,12 +100,13 @@ def settings(model: nn.Module, ran: nn.Module) -> list[tuple[str, str]]:
 
     ran: a twin of `model` after a call. What torch's own modules keep for show is left out.
     """
-    others = {path: vars(m) for path, m in ran.named_modules()}
+    others = {path: vars(m) for path, m in ran.named_modules()}  # without those that the call took out or put twice
     return [
         (path, key)
         for path, m in model.named_modules()
         for key, value in _attributes(m)
-        if isinstance(value, (int, float, str, type(None))) and key not in _SHOWN and others[path].get(key) == value
+        if isinstance(value, (int, float, str, type(None))) and key not in _SHOWN
+        if path in others and others[path].get(key) == value
     ]
 
 

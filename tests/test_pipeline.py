@@ -95,3 +95,19 @@ def test_a_tensor_alone_is_the_only_argument() -> None:
 
     rewritten = roo.rewrite(One(), torch.randn(4, 3), spec=roo.FeatureSpec(["u"], []))
     assert rewritten(torch.zeros(2, 3), num_impressions=torch.tensor([1, 2])).shape == (3, 3)
+
+
+def test_a_forward_that_replaces_a_submodule_runs_as_it_is() -> None:
+    class Replaces(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.user, self.item, self.other = (nn.Linear(3, 2) for _ in range(3))
+
+        def forward(self, u: Tensor, x: Tensor) -> Tensor:
+            self.other = self.item
+            return self.user(u) + self.other(x)
+
+    original = Replaces()
+    model = roo.rewrite(original, (torch.randn(5, 3), torch.randn(5, 3)), spec=SPEC)
+    u, x, counts = torch.randn(2, 3), torch.randn(5, 3), torch.tensor([2, 3])
+    torch.testing.assert_close(model(u, x, num_impressions=counts), original(u.repeat_interleave(counts, 0), x))
