@@ -1,8 +1,7 @@
 """One way to say each thing, before anything is proved about it.
 
     before                                             after
-    wrap_with_set_grad_enabled(False, body, x)         the body, on detach(x)
-    wrap_with_autocast("cpu", bfloat16, ..., body, x)  the body, its nodes marked with the autocast
+    wrap_with_autocast(..., body, x)                   the body (see `inline`)
     add_(y, 1)                                         add(y, 1), later uses of y mean it
     squeeze(x: [B, 1])                                 squeeze(x, [1])
     matmul(W, x: [B, k, 1])                            unsqueeze(linear(squeeze(x, [2]), W), 2)
@@ -24,18 +23,17 @@ identity, no device of the trace.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 
 from passes.constant_masks import constant_masks
 from passes.fills import FILLS
 from passes.functionalize import functionalize, is_effect, keeps, mutated
+from passes.inline import inline
 from passes.one_number import one_number
 from passes.pooled_columns import pooled_columns
 from passes.repeated_rows import repeated_rows
@@ -62,7 +60,7 @@ _ASSERTS = (
 def normalize(captured: Captured) -> None:
     """Normalizes the captured graph in place."""
     graph = captured.graph
-    _inline(graph, captured.bodies)
+    inline(graph, captured.bodies)
     _drop_asserts(graph)
     _drop_identities(captured)
     functionalize(graph)
@@ -77,67 +75,6 @@ def normalize(captured: Captured) -> None:
     _free_devices(captured)
     graph.eliminate_dead_code(is_impure_node=keeps)
     graph.lint()
-
-
-def _inline(graph: Graph, owner: nn.Module) -> None:
-    """Puts the bodies of wrapping ops in the place of their calls, innermost included."""
-    hops = torch.ops.higher_order
-    for node in list(graph.nodes):
-        if node.target is hops.wrap_with_set_grad_enabled:
-            enabled, body, *args = node.args
-            _splice(graph, owner, node, body, args, detach=not enabled, autocast=node.meta.get(AUTOCAST))
-        elif node.target is hops.wrap_with_autocast:
-            device, dtype, enabled, cache, body, *args = node.args
-            _splice(graph, owner, node, body, args, detach=False, autocast=(device, dtype, enabled, cache))
-
-
-def _splice(
-    graph: Graph, owner: nn.Module, node: Node, body: Node, args: list[Any], detach: bool, autocast: Any
-) -> None:
-    module = owner.get_submodule(str(body.target))
-    assert isinstance(module, GraphModule)
-    _inline(module.graph, module)
-    mapping: dict[Node, Any] = {}
-    outer: dict[Node, Any] = {}
-    stock = iter(args)
-    result: Any = None
-    with graph.inserting_before(node):
-        for inner in module.graph.nodes:
-            if inner.op == "placeholder":
-                value = outer[inner] = next(stock)
-                floating = isinstance(value, Node) and _floating(value)
-                if detach and floating:
-                    detached = graph.call_function(aten.detach.default, (value,))
-                    detached.meta = dict(value.meta)
-                    value = detached
-                mapping[inner] = value
-            elif inner.op == "output":
-                result = torch.fx.map_arg(inner.args[0], lambda n: outer.get(_written(n), mapping[n]))
-            else:
-                copied = graph.node_copy(inner, lambda n: mapping[n])
-                copied.meta = dict(inner.meta)
-                if autocast is not None and AUTOCAST not in copied.meta:
-                    copied.meta[AUTOCAST] = autocast
-                mapping[inner] = copied
-    for user in list(node.users):
-        assert user.target is operator.getitem
-        user.replace_all_uses_with(result[user.args[1]])
-        graph.erase_node(user)
-    graph.erase_node(node)
-    if not body.users:
-        graph.erase_node(body)
-
-
-def _written(node: Node) -> Node:
-    """The value that an in-place op writes into and returns, or the node itself."""
-    while targets := mutated(node):
-        node = targets[0]
-    return node
-
-
-def _floating(node: Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _drop_asserts(graph: Graph) -> None:
