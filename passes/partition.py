@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from passes.mixed_rate import at_request_rate
 from roo_rewrite.capture import Captured
-from roo_rewrite.cost import NOMINAL_IMPRESSIONS, cost, device_of, nbytes
+from roo_rewrite.cost import NOMINAL_IMPRESSIONS, Device, device_of, nbytes, runs, tensors, time
 from roo_rewrite.facts import Annotation, Offsets, Provenance, Ragged, Replicated, Rows, Several, Size, annotation
 
 
@@ -88,15 +88,12 @@ def _cut(captured: Captured, movable: list[Node], fanout: float) -> set[Node]:
     members = set(movable)
     for node in movable:
         into, out = ("in", node), ("out", node)
-        spent = cost(node).ns(device) * scale
-        saved = spent * (1.0 - 1.0 / fanout)
+        saved = time(node, device) * scale * (1.0 - 1.0 / fanout)
         if node.op == "placeholder":
             network.add_edge("source", into)
         elif saved > 0:
             network.add_edge("source", into, capacity=_whole(saved))
-        _broadcast_edge(
-            network, node, 2.0 * nbytes(node.meta.get("val")) / device.bytes_per_ns * scale, device.start_ns
-        )
+        _broadcast_edge(network, node, _broadcast(node, device) * scale, device.start_ns)
         for source in node.all_input_nodes:
             if source in members:
                 network.add_edge(into, ("in", source))
@@ -110,6 +107,13 @@ def _cut(captured: Captured, movable: list[Node], fanout: float) -> set[Node]:
     network.add_node("source")
     _, (kept, _) = nx.minimum_cut(network, "source", "sink", flow_func=nx.algorithms.flow.boykov_kolmogorov)
     return {n for n in movable if ("in", n) in kept}
+
+
+def _broadcast(node: Node, device: Device) -> float:
+    """Nanoseconds to read and write a value at the rows of the batch; one that is transposed, run by run."""
+    value = node.meta.get("val")
+    apart = sum(runs(t.shape, t.stride()) for t in tensors(value) if t.ndim > 1)
+    return 2.0 * nbytes(value) / device.bytes_per_ns + apart * device.run_ns
 
 
 def _whole(ns: float) -> int:

@@ -7,7 +7,7 @@ their ratios matter to a cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,21 +24,42 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Device:
-    """Throughput of a device: FLOP/ns of a matrix product, bytes/ns of memory, ns to start an op.
+    """Throughput of a device: ns to start an op, bytes/ns of memory, and of matrix products.
 
-    A batch of small products adds ns for each matrix, and moves what it reads and writes at a rate of its own.
+    product: of many rows. It reads and writes at a rate of its own, beside its FLOPs: one of few columns is no faster
+    than that. matrix: of each small product in a batch of them, which adds ns for each matrix.
+    run_ns: copying adds this for each stretch of memory, however short; an entry of a transposed value is one.
     """
 
-    flops_per_ns: float
-    bytes_per_ns: float
     start_ns: float
+    bytes_per_ns: float
+    product_flops_per_ns: float
+    product_bytes_per_ns: float
     matrix_ns: float
+    matrix_flops_per_ns: float
     matrix_bytes_per_ns: float
+    run_ns: float
 
 
-CPU = Device(flops_per_ns=60.0, bytes_per_ns=30.0, start_ns=2_000.0, matrix_ns=100.0, matrix_bytes_per_ns=10.0)
+CPU = Device(
+    start_ns=2_000.0,
+    bytes_per_ns=30.0,
+    product_flops_per_ns=90.0,
+    product_bytes_per_ns=10.0,
+    matrix_ns=70.0,
+    matrix_flops_per_ns=45.0,
+    matrix_bytes_per_ns=20.0,
+    run_ns=1.0,
+)
 CUDA = Device(
-    flops_per_ns=200_000.0, bytes_per_ns=2_500.0, start_ns=6_000.0, matrix_ns=0.0, matrix_bytes_per_ns=2_500.0
+    start_ns=6_000.0,
+    bytes_per_ns=2_500.0,
+    product_flops_per_ns=200_000.0,
+    product_bytes_per_ns=2_500.0,
+    matrix_ns=0.0,
+    matrix_flops_per_ns=200_000.0,
+    matrix_bytes_per_ns=2_500.0,
+    run_ns=0.0,
 )
 NOMINAL_IMPRESSIONS = 4096
 
@@ -52,10 +73,6 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    def ns(self, device: Device) -> float:
-        """The time the larger of the two takes."""
-        return max(self.flops / device.flops_per_ns, self.bytes / device.bytes_per_ns)
 
 
 def device_of(captured: Captured) -> Device:
@@ -102,6 +119,24 @@ def cost(node: Node) -> Cost:
         return Cost(0.0, 0.0)
     read = sum(nbytes(n.meta.get("val")) for n in node.all_input_nodes if _is_read(node, n))
     return Cost(flops(node), float(read + written))
+
+
+def time(node: Node, device: Device) -> float:
+    """Nanoseconds of a node at the traced batch: of a product, its FLOPs and what it moves; else the larger of both."""
+    found = cost(node)
+    if node.target in _PRODUCTS:
+        return found.flops / device.product_flops_per_ns + found.bytes / device.product_bytes_per_ns
+    return max(found.flops / device.product_flops_per_ns, found.bytes / device.bytes_per_ns)
+
+
+def runs(shape: Sequence[Any], strides: Sequence[Any]) -> float:
+    """Stretches of memory a tensor lies in, one after the other: 1 where it is contiguous."""
+    together = 1
+    for size, stride in zip(reversed(shape), reversed(strides)):
+        if _size(size) != 1 and _size(stride) != together:
+            return math.prod(_size(s) for s in shape) / together
+        together *= _size(size)
+    return 1.0
 
 
 def traced_cost(captured: Captured) -> Cost:
@@ -157,6 +192,18 @@ def _operands(node: Node) -> list[Tensor]:
     found: list[Any] = []
     torch.fx.map_arg((node.args, node.kwargs), lambda n: found.append(n.meta.get("val")))
     return [v for v in found if isinstance(v, Tensor)]
+
+
+_PRODUCTS = {
+    aten.linear.default,
+    aten.mm.default,
+    aten.bmm.default,
+    aten.matmul.default,
+    aten.addmm.default,
+    aten.baddbmm.default,
+    aten.einsum.default,
+    aten.tensordot.default,
+}
 
 
 def flops(node: Node) -> float:

@@ -105,11 +105,11 @@ def _pays(
     s: Splitter, app: Application, x: Blocks, pieces: list[Form], counts: list[int], shape: tuple[Any, ...]
 ) -> bool:
     """Whether windows by side, put together again, are faster than all of them per impression."""
-    price, inner = s.price, math.prod(int(n) for n in app["weight"].shape[1:])
+    price, (channels, *window) = s.price, (int(n) for n in app["weight"].shape)
     sides = [provenance(p) for p in pieces]
 
     def cost(entries: tuple[Any, ...], side: Provenance) -> float:
-        return price.product(entries, inner, side) + price.move(entries, side, _ENTRY)
+        return price.product(entries, math.prod(window), side, channels) + price.move(entries, side, _ENTRY)
 
     before = cost(shape, Provenance.IMPRESSION) + price.move(x.shape)
     after = sum(cost(with_size(shape, x.dim, n), side) for n, side in zip(counts, sides))

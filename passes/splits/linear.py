@@ -19,12 +19,13 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from passes.forms import Blocks, Form, Lazy, Picked, Scaled, Sum, Whole, dtype_of, is_static, with_size
+from passes.price import Price
 from passes.split import Application, Splitter, handles
 from passes.splits import outer, weighted
 from passes.splits.atoms import Atom, Group, Meets, added, atoms_of, grouped, joined
 from passes.splits.scaled import Centred
 from roo_rewrite.cost import is_view
-from roo_rewrite.facts import Provenance
+from roo_rewrite.facts import Provenance, annotation
 
 aten = torch.ops.aten
 Emit = Callable[[Node, Node, Node | None], Node]
@@ -102,7 +103,7 @@ def _inside_price(s: Splitter, cell: outer.Cell, n: int) -> float:
     h, m = (int(f.meta["val"].shape[1]) for f in (cell.early, cell.late))
     shape = tuple(cell.late.meta["val"].shape)
     batch, rest = shape[0], shape[2:]
-    per_request = s.price.product((batch, n, m, *rest), h, Provenance.REQUEST)
+    per_request = s.price.product((batch, n, m, *rest), h, Provenance.REQUEST, n * m)
     per_impression = s.price.batched(s.price.rows((batch, *rest), Provenance.REQUEST), s.price.fanout, m, n)
     # The weights of a request are laid out as matrices.
     weights = s.price.move((batch, n, m, *rest), Provenance.REQUEST, 4.0)
@@ -121,19 +122,19 @@ def _pays(
 ) -> bool:
     """Whether the groups are faster. onto: a product is written onto the other terms (`fuse`), not beside them."""
     price, impression = s.price, Provenance.IMPRESSION
-    factors = {g.factor for g in groups} - {None}
-    before = price.product(shape, k, impression) + 3 * price.move(x.shape) * len(factors)
-    before += 0.0 if isinstance(x, Sum) and read_whole(s, x) else price.move(x.shape)
+    factors = {g.factor for g in groups if g.factor is not None}
+    before = price.product(shape, k, impression, n) + 3 * price.move(x.shape) * len(factors)
+    before += 0.0 if isinstance(x, Sum) and read_whole(s, x) else price.joined(x)
+    before += price.move(shape) if _shifted(s) else 0.0
     products = list({g.products: g for g in groups}.values())  # scaled in several ways, multiplied once
-    after = sum(price.product((*g.lead, n), g.inner, g.side) for g in products)
-    after += sum(price.move((*g.lead, g.inner), g.side) for g in products if len(g.operands()) > 1)
-    after += sum(price.move((*g.lead, n), impression, 1.0) for g in products if g.side is not impression)
+    after = sum(price.product((*g.lead, n), g.inner, g.side) + _operands(price, g) for g in products)
+    after += sum(price.move((*g.lead, n)) for g in products if g.side is not impression)
     after += price.move(shape, times=1.0 if onto else 2.0) * max(len(groups) - 1, 0)
     after += price.start(2 * max(len(groups) - 1, 0))
     after += sum(_inside_price(s, c, n) for c in cells)
-    if factors:  # statistics of each side, in place of those of the whole rows
-        after += sum(3 * price.move((*g.lead, g.inner), g.side) for g in products)
-        after += 2 * price.move(shape) * len(factors) + price.start(12)
+    if any(_is_statistic(f) for f in factors):  # of each side, in place of those of the whole rows
+        after += sum(3 * price.move((*g.lead, g.inner), g.side) for g in products) + price.start(12)
+    after += 2 * price.move(shape) * len(factors)
     sides = ", ".join(f"{g.inner} of {k} columns per {_unit(g.side)}" for g in products)
     sides += "".join(f", {len(c[1])} with the request's factor in the weight" for cell in cells for c in cell.terms)
     return s.take(f"linear: {sides}", before, after)
@@ -159,6 +160,27 @@ def _takes_terms(node: Node) -> bool:
 _OF_WEIGHTS = {aten.linear.default, aten.matmul.default, aten.mm.default}
 _OF_TERMS = {aten.add.Tensor, aten.sub.Tensor, aten.sum.dim_IntList, aten.mean.dim, aten.neg.default}
 _OF_NUMBERS = {aten.mul.Tensor, aten.div.Tensor, aten.mul.Scalar, aten.div.Scalar}
+
+
+def _is_statistic(factor: Node) -> bool:
+    """Whether a factor of the rows is the inverse root of their variance."""
+    parts = factor.all_input_nodes if factor.target is aten.mul.Tensor else [factor]
+    return any(p.target is aten.rsqrt.default for p in parts)
+
+
+def _shifted(s: Splitter) -> bool:
+    """Whether all that reads the op adds to it what no impression has: of a sum, that goes to the request's term."""
+    origin = s.builder.origin
+    users = list(origin.users) if origin is not None else []
+    sides = [annotation(n).provenance for u in users for n in u.all_input_nodes if n is not origin]
+    adds = all(u.target is aten.add.Tensor and len(u.all_input_nodes) == 2 for u in users)
+    return bool(users) and adds and all(side is not Provenance.IMPRESSION for side in sides)
+
+
+def _operands(price: Price, group: Group) -> float:
+    """Time to bring what a group multiplies side by side."""
+    first, *others = (node for node, _ in group.operands())
+    return price.move((*group.lead, group.inner), group.side) if others else price.copied(first, group.side)
 
 
 def _unit(side: Provenance) -> str:

@@ -106,7 +106,7 @@ def inside(s: Splitter, atom: Atom, n: int) -> bool:
     shape, columns = tuple(weights.meta["val"].shape), int(parts.meta["val"].shape[-1])
     early, late = Provenance.REQUEST, Provenance.IMPRESSION
     read = s.price.move(shape, late, 1.0)
-    before = s.price.product(tuple(atom.node.meta["val"].shape), numel(shape[1:]), late) + read
+    before = s.price.batched(s.price.rows(shape[:1], early), s.price.fanout, numel(shape[1:]), columns)
     after = s.price.product((*shape[:-1], n), columns, early) + read + n * s.price.move(shape, late) + s.price.start(2)
     return s.take("linear: inside of a weighted sum of the request's", before, after)
 

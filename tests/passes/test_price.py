@@ -1,0 +1,136 @@
+"""What a split is priced at: ties, fan-outs, columns that are few, parts that lie apart in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from passes.annotate import Policy, annotate
+from passes.forms import Blocks, Whole
+from passes.normalize import normalize
+from passes.partition import partition
+from passes.price import Candidate, Price
+from passes.split import split
+from roo_rewrite.capture import Captured
+from roo_rewrite.cost import CPU, CUDA, runs, time
+from roo_rewrite.facts import Provenance
+
+Function = Callable[..., Any]
+
+
+def priced(fanout: float = 10.0, **changes: Any) -> Price:
+    return Price(replace(CPU, **changes), fanout, 8, "priced")
+
+
+@pytest.mark.parametrize(
+    ("fanout", "after", "taken"),
+    [(10.0, 90.0, True), (10.0, 103.0, True), (10.0, 106.0, False), (1.0, 90.0, True), (1.0, 100.0, False)],
+)
+def test_of_equal_time_the_split_is_taken_unless_the_fanout_is_1(fanout: float, after: float, taken: bool) -> None:
+    assert priced(fanout).take("split", 100.0, after) is taken
+    assert Price(CPU, fanout, 32, "priced", frozenset({("split", "")})).take("split", 100.0, after) is not taken
+    assert Price(CPU, fanout, 32, "always").take("split", 100.0, after)
+
+
+def test_a_tie_is_a_tie_at_a_larger_fanout() -> None:
+    for after in (0.9, 0.965, 0.98, 1.0, 1.02, 1.045, 1.1):
+        taken = [priced(fanout).take("split", 1.0, after) for fanout in (1.0, 1.5, 4.0, 30.0, 1000.0)]
+        assert taken == sorted(taken)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_a_product_of_more_entries_takes_longer(device: Any) -> None:
+    price, side = Price(device, 10.0, 8, "priced"), Provenance.IMPRESSION
+    for inner, columns in itertools.product((1, 7, 64, 512), repeat=2):
+        taken = price.product((100, columns), inner, side)
+        assert taken < price.product((100, columns), inner + 1, side)
+        assert taken < price.product((100, columns + 1), inner, side)
+        assert price.batched(100, inner, 4, columns) < price.batched(101, inner, 4, columns)
+
+
+def test_a_product_of_few_columns_is_no_faster_than_what_it_moves() -> None:
+    price, side = priced(), Provenance.IMPRESSION
+    four, eight = (price.product((1000, 64), inner, side) for inner in (4, 8))
+    assert eight < 1.5 * four
+    assert price.product((1000, 64), 512, side) > 1.8 * price.product((1000, 64), 256, side)
+
+
+@pytest.mark.parametrize(
+    ("made", "expected"),
+    [
+        (lambda: torch.ones(4, 3, 5), 1),
+        (lambda: torch.ones(4, 5, 3).transpose(1, 2), 60),
+        (lambda: torch.ones(4, 3, 6)[:, :, :5], 12),
+        (lambda: torch.ones(4, 3, 5)[1:], 1),
+        (lambda: torch.ones(4, 2, 3, 5).transpose(1, 2), 24),
+        (lambda: torch.ones(4, 1, 5).transpose(0, 1), 1),
+        (lambda: torch.ones(()), 1),
+    ],
+    ids=["contiguous", "transposed", "columns", "rows", "heads", "of size 1", "scalar"],
+)
+def test_runs_of_memory(made: Callable[[], Tensor], expected: int) -> None:
+    tensor = made()
+    assert runs(tensor.shape, tensor.stride()) == expected
+
+
+def annotated(captured: Function, function: Function) -> Captured:
+    trace, inputs = captured(function)
+    normalize(trace)
+    annotate(trace, inputs, trace.model, Policy())
+    return trace
+
+
+def node_of(trace: Captured, name: str) -> Any:
+    return next(n for n in trace.graph.nodes if name in str(n.target))
+
+
+def test_parts_that_are_transposed_are_put_side_by_side_more_slowly(captured: Function) -> None:
+    trace = annotated(captured, lambda m, u, x: (x.exp().view(-1, 2, 2).transpose(1, 2), x.tanh().view(-1, 2, 2)))
+    price = Price(CPU, 10.0, trace.batch, "priced")
+    turned, plain = (Whole(node_of(trace, name)) for name in ("transpose", "reshape"))
+    few, many = (price.joined(Blocks(dim, (plain, plain))) for dim in (1, 2))
+    assert price.move((*plain.shape[:-1], 4)) < few < many
+    assert many < price.joined(Blocks(2, (turned, plain))) < price.joined(Blocks(2, (turned, turned)))
+    assert price.joined(turned) == price.move(turned.shape)
+    assert price.copied(turned.node, Provenance.IMPRESSION) > price.copied(plain.node, Provenance.IMPRESSION) == 0
+
+
+def test_a_product_is_priced_by_its_flops_and_what_it_moves(captured: Function) -> None:
+    trace = annotated(captured, lambda m, u, x: (x.exp() @ torch.ones(4, 8)).tanh())
+    product, tanh = (node_of(trace, name) for name in ("matmul", "tanh"))
+    slow, fast = (replace(CPU, product_bytes_per_ns=rate) for rate in (1.0, 100.0))
+    assert time(product, slow) > time(product, fast)
+    assert time(tanh, slow) == time(tanh, fast)
+
+
+def test_a_transposed_value_crosses_as_it_lies_in_memory(captured: Function) -> None:
+    def model(m: Any, u: Tensor, x: Tensor) -> Tensor:
+        kept = u.exp().repeat(1, 4).view(-1, 4, u.shape[1])
+        return kept.transpose(1, 2) + x.exp().repeat(1, 4).view(-1, x.shape[1], 4)
+
+    plan = partition(annotated(captured, model), 10.0)
+    assert plan.residuals
+    assert not any("transpose" in n.name for n in plan.residuals)
+
+
+def test_an_addition_of_what_no_impression_has_goes_into_the_requests_term(captured: Function) -> None:
+    def model(shift: bool) -> Function:
+        def run(m: Any, u: Tensor, x: Tensor) -> Tensor:
+            made = torch.cat([u.exp(), x.exp()], 1) @ torch.ones(u.shape[1] + x.shape[1], 8)
+            return (made + torch.ones(8) if shift else made).tanh()
+
+        return run
+
+    before = []
+    for shift in (False, True):
+        trace = annotated(captured, model(shift))
+        (candidate,) = split(trace, 10.0).candidates
+        assert isinstance(candidate, Candidate)
+        before.append(candidate.before)
+    assert before[0] < before[1]
