@@ -112,7 +112,7 @@ def _cut(captured: Captured, movable: list[Node], fanout: float) -> set[Node]:
 def _broadcast(node: Node, device: Device) -> float:
     """Nanoseconds to read and write a value at the rows of the batch; one that is transposed, run by run."""
     value = node.meta.get("val")
-    apart = sum(runs(t.shape, t.stride()) for t in tensors(value) if t.ndim > 1)
+    apart = sum(runs(t) for t in tensors(value) if t.ndim > 1)
     return 2.0 * nbytes(value) / device.bytes_per_ns + apart * device.run_ns
 
 

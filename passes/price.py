@@ -43,7 +43,7 @@ class Candidate:
 def _apart(part: Form) -> float:
     """Runs of memory that a part is read in."""
     value = part.node.meta["val"] if isinstance(part, Whole) else None
-    return 1.0 if value is None else runs(value.shape, value.stride())
+    return 1.0 if value is None else runs(value)
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Price:
         value = node.meta["val"]
         if value.ndim < 3 or hint(value.stride(-1)) == 1:
             return 0.0
-        return self.move(value.shape, side) + self._runs(value.shape, runs(value.shape, value.stride()), side)
+        return self.move(value.shape, side) + self._runs(value.shape, runs(value), side)
 
     def joined(self, form: Form) -> float:
         """Time to put the parts of a form side by side, at the impressions' rows; of another form to carry it out."""

@@ -7,7 +7,7 @@ their ratios matter to a cut.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,12 +129,13 @@ def time(node: Node, device: Device) -> float:
     return max(found.flops / device.product_flops_per_ns, found.bytes / device.bytes_per_ns)
 
 
-def runs(shape: Sequence[Any], strides: Sequence[Any]) -> float:
-    """Stretches of memory a tensor lies in, one after the other: 1 where it is contiguous."""
+def runs(tensor: Tensor) -> float:
+    """Stretches of memory a tensor lies in, one after the other: 1 where it is contiguous, or has no strides."""
     together = 1
-    for size, stride in zip(reversed(shape), reversed(strides)):
+    strides = tensor.stride() if tensor.layout is torch.strided else ()
+    for size, stride in zip(reversed(tensor.shape), reversed(strides)):
         if _size(size) != 1 and _size(stride) != together:
-            return math.prod(_size(s) for s in shape) / together
+            return numel(tensor) / together
         together *= _size(size)
     return 1.0
 
