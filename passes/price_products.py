@@ -18,7 +18,7 @@ from passes.price import Price
 from passes.split import Splitter
 from roo_rewrite.cost import is_view
 
-# Of six models of grids that were timed, all took longer in parts than the parts are priced at.
+# All six models of grids that were timed took longer in parts than the parts are priced at (docs/speed.md).
 _PARTS = 1.15
 
 
