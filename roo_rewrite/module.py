@@ -236,7 +236,8 @@ class RequestModel(nn.Module):
                 return _ORIGINAL
         rows = self._impressions(atoms)
         few = rows is not None and rows < 2 and not (program.single if rows else program.empty)
-        if few or not program.always or list(program.statics) != list(statics):
+        looked_at = program.captured is not None and program.captured.kept  # how many rows, which compiled code is not
+        if few or looked_at or not program.always or list(program.statics) != list(statics):
             return _ORIGINAL
         return program
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import roo_rewrite as roo
+from roo_rewrite.facts import Provenance
 from roo_rewrite.flags import Flags
 from roo_rewrite.ops.kept import FewRowsError, marked_entries
 
@@ -169,6 +170,18 @@ def test_a_batch_of_which_a_row_has_no_entry_is_the_originals() -> None:
         rows = [t.repeat_interleave(counts, 0) for t in (steps, wanted)]
         found = rewritten(steps, wanted, item, num_impressions=counts)
         torch.testing.assert_close(found, model(*rows, item))
+
+
+@pytest.mark.parametrize("region", [by_select, last_marked])
+def test_compiled_rows_kept_are_the_originals(region: Region) -> None:
+    """Compiled code does not look at how many rows there are."""
+    model = Kept(region).eval()
+    steps, lengths, item = example()
+    made = roo.rewrite(model, (steps, lengths, item), spec=SPEC, check=True)
+    assert not made.report.fallback
+    atoms, statics = made._inputs.flatten((steps, lengths, item), {}, Provenance.REQUEST)
+    assert made._program(atoms, statics).emitted is not None
+    assert made._inlined(atoms, statics).emitted is None
 
 
 def test_several_entries_a_row_are_not_marked_one_a_row() -> None:

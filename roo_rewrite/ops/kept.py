@@ -20,7 +20,7 @@ def marked_entries(x: Tensor, mask: Tensor) -> Tensor:
 
     Raises FewRowsError where it does not mark one of each row.
     """
-    if not torch.compiler.is_compiling() and not bool((mask.sum(1) == 1).all()):
+    if not bool((mask.sum(1) == 1).all()):
         raise FewRowsError("a mask does not mark one entry of each row of this batch; run the original on it")
     at = mask.to(torch.int8).argmax(1).view(-1, *[1] * (x.ndim - 1))
     return x.gather(1, at.expand(-1, 1, *x.shape[2:])).squeeze(1)
@@ -44,7 +44,7 @@ def kept_source(mask: Tensor, num_impressions: Tensor | None = None) -> Tensor:
     """
     if num_impressions is None:
         num_impressions = torch.ones_like(mask, dtype=torch.long)
-    if not torch.compiler.is_compiling() and int((num_impressions * mask).sum()) < 2 <= int(num_impressions.sum()):
+    if int((num_impressions * mask).sum()) < 2 <= int(num_impressions.sum()):
         raise FewRowsError("a mask keeps fewer than two impressions of this batch; run the original on it")
     return _source(mask, mask & (num_impressions > 0))
 
