@@ -93,6 +93,10 @@ def rewrite(
         args = (args,)
     if not isinstance(model, nn.Module):
         raise CaptureError(f"model must be an nn.Module, got {type(model).__name__}; wrap a function in a module")
+    if isinstance(model, torch.jit.ScriptModule) or isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        raise CaptureError(
+            f"model is compiled, a {type(model).__name__}; rewrite the module it was made from, and compile that"
+        )
     if not isinstance(args, (tuple, list)) or not isinstance(kwargs, (Mapping, type(None))):
         raise CaptureError("the example is a tuple of positional arguments and a dict of those by name")
     if split not in get_args(passes.split.Mode):

@@ -56,6 +56,13 @@ def test_an_example_that_is_none(args: tuple[Tensor, Tensor], message: str) -> N
         roo.rewrite(Model(), args, spec=SPEC)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda model: torch.compile(model, backend="eager")])
+def test_a_compiled_model_is_refused(compiled: Any) -> None:
+    with pytest.raises(roo.CaptureError, match="rewrite the module it was made from"):
+        roo.rewrite(compiled(Model()), example(), spec=SPEC)
+
+
 @pytest.mark.parametrize("name", ["normalize", "annotate", "split", "partition", "hoist", "lower"])
 def test_a_pass_that_fails_does_not_keep_a_model_from_running(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:
