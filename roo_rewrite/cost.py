@@ -130,9 +130,13 @@ def time(node: Node, device: Device) -> float:
 
 
 def runs(tensor: Tensor) -> float:
-    """Stretches of memory a tensor lies in, one after the other: 1 where it is contiguous, or has no strides."""
+    """Stretches of memory a tensor lies in, one after the other: 1 where it is contiguous or has no strides, 0 where it
+    is empty.
+    """
     together = 1
     strides = tensor.stride() if tensor.layout is torch.strided else ()
+    if not numel(tensor):
+        return 0.0
     for size, stride in zip(reversed(tensor.shape), reversed(strides)):
         if _size(size) != 1 and _size(stride) != together:
             return numel(tensor) / together

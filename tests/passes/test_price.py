@@ -72,8 +72,9 @@ def test_a_product_of_few_columns_is_no_faster_than_what_it_moves() -> None:
         (lambda: torch.ones(4, 1, 5).transpose(0, 1), 1),
         (lambda: torch.ones(()), 1),
         (lambda: torch.ones(4, 5).to_sparse(), 1),
+        (lambda: torch.ones(4, 5)[:, :0], 0),
     ],
-    ids=["contiguous", "transposed", "columns", "rows", "heads", "of size 1", "scalar", "sparse"],
+    ids=["contiguous", "transposed", "columns", "rows", "heads", "of size 1", "scalar", "sparse", "empty"],
 )
 def test_runs_of_memory(made: Callable[[], Tensor], expected: int) -> None:
     assert runs(made()) == expected
