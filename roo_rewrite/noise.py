@@ -75,6 +75,12 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.to_dense().flatten() if tensor.layout != torch.strided else tensor.flatten()
 
 
+def _nearly_one(like: Tensor, generator: torch.Generator) -> Tensor:
+    """A factor for each entry, off 1 by up to four units in the last place."""
+    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(like)
+    return drawn.mul_(4 * torch.finfo(like.dtype).eps).add_(1)
+
+
 def jittered(atoms: Sequence[Tensor], seed: int) -> list[Tensor]:
     """Inputs off by a few units in the last place, each row on its own; whole numbers (ids, flags) stay.
 
@@ -84,8 +90,7 @@ def jittered(atoms: Sequence[Tensor], seed: int) -> list[Tensor]:
     made = list(atoms)
     for i, t in enumerate(atoms):
         if t.is_floating_point():
-            drawn = torch.rand(t.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(t)
-            factor = drawn.mul_(4 * torch.finfo(t.dtype).eps).add_(1)
+            factor = _nearly_one(t, generator)
             made[i] = t * torch.where(t == t.round(), torch.ones_like(factor), factor)
     return made
 
@@ -103,8 +108,7 @@ def shaken(module: nn.Module, seed: int = 0) -> nn.Module:
             if p.is_floating_point():
                 rows = max(1, _CHUNK * len(p) // p.numel()) if p.ndim and p.numel() else 0
                 for part in torch.split(p, rows) if rows else [p]:
-                    drawn = torch.rand(part.shape, generator=generator, dtype=torch.float64).mul_(2).sub_(1).to(p)
-                    part.mul_(drawn.mul_(4 * torch.finfo(p.dtype).eps).add_(1))
+                    part.mul_(_nearly_one(part, generator))
                 if p.ndim == 1:
                     p.masked_fill_(p == 0, sign * _NEAR_ZERO.get(p.dtype, 4 * torch.finfo(p.dtype).eps))
     return made
