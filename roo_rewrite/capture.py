@@ -34,6 +34,7 @@ from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.packed import padded_sequences
 from roo_rewrite.purity import DRAWS, random_kept, twin, untraceable
 from roo_rewrite.python_draws import drop_unread, symbolic_draws
+from roo_rewrite.read_numbers import ReadNumbers, WrittenError, settled_buffers
 from roo_rewrite.swallowed import same_way, watched
 from roo_rewrite.tracing import (
     Traceable,
@@ -161,13 +162,18 @@ def _capture(
     against: Set[Place] | None,
 ) -> Captured:
     chosen, notes, unfit = list[Leaf](outermost(leaves)), dict[Leaf, str](), set[Leaf]()
+    written: Set[str] = set()
     seeking, branching = False, None if against is None else bool(against)
     for attempt in range(48):
         copied = twin(model)
         try:
             with sizes_kept() if seeking else contextlib.nullcontext():
                 asked = Branches(against or frozenset()) if branching else None
-                captured = _export(copied, inputs, example, statics, chosen, batch, masked, drawn=drawn, branches=asked)
+                captured = _export(
+                    copied, inputs, example, statics, chosen, batch, masked, False, drawn, asked, written
+                )
+        except WrittenError as e:
+            written = written | e.names
         except Unfit as e:
             if e.leaf not in notes:
                 raise
@@ -250,13 +256,14 @@ def _export(
     strict: bool = False,
     drawn: int = 0,
     branches: Branches | None = None,
+    written: Set[str] = frozenset(),
 ) -> Captured:
     sites, paths = list[LeafSite](), [p for p in leaves if isinstance(p, str)]
     with watched() as run:
         _observe(twin(model), inputs, example, statics, leaves, sites, batch, masked)
     if strict and (sites or run.raised):
         raise CaptureError("an autograd.Function, and what catches exceptions, is not interpreted")
-    adapter = Adapter(model, inputs, statics, branches)
+    adapter, numbers = Adapter(model, inputs, statics, branches), ReadNumbers(model, written)
     adapter.training = model.training
     shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
     around = contextlib.ExitStack()
@@ -270,6 +277,7 @@ def _export(
             around.enter_context(symbolic_len())
             around.enter_context(padded_sequences())
             around.enter_context(Traceable())
+            around.enter_context(numbers)
             around.enter_context(branches or contextlib.nullcontext())
             draws = around.enter_context(symbolic_draws())
             around.enter_context(masked.rows(batch, tracing=True))
@@ -278,6 +286,7 @@ def _export(
         same_way(run, trace)
         out_values, out_tree = adapter.returned
     graph, constants = _unlifted(program)
+    settled_buffers(graph, numbers.read)
     if drawn and (sites or draws.count != drawn or not drop_unread(graph)):
         raise CaptureError(DRAWS)
     symbols = _batch_symbols(program, inputs, graph)
@@ -295,6 +304,7 @@ def _export(
         accepts,
         sites,
         tuple(paths),
+        assumed=numbers.read,
         branches=tuple(branches.asked) if branches else (),
         kept=kept,
     )

@@ -97,6 +97,8 @@ def rewrite(
         raise CaptureError(
             f"model is compiled, a {type(model).__name__}; rewrite the module it was made from, and compile that"
         )
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise CaptureError(f"model is a {type(model).__name__}; rewrite the module it holds, and wrap the result")
     if not isinstance(args, (tuple, list)) or not isinstance(kwargs, (Mapping, type(None))):
         raise CaptureError("the example is a tuple of positional arguments and a dict of those by name")
     if split not in get_args(passes.split.Mode):

@@ -63,6 +63,11 @@ def test_a_compiled_model_is_refused(compiled: Any) -> None:
         roo.rewrite(compiled(Model()), example(), spec=SPEC)
 
 
+def test_a_model_wrapped_for_many_devices_is_refused() -> None:
+    with pytest.raises(roo.CaptureError, match="rewrite the module it holds"):
+        roo.rewrite(torch.nn.DataParallel(Model()), example(), spec=SPEC)
+
+
 @pytest.mark.parametrize("name", ["normalize", "annotate", "split", "partition", "hoist", "lower"])
 def test_a_pass_that_fails_does_not_keep_a_model_from_running(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> Any:

@@ -287,7 +287,10 @@ def placed(app: Application, marks: dict[int, int], size: int) -> Rows:
             batching = Rows(marks[id(value)]) if id(value) in marks else Replicated()
             return Operand(shape, batching, dtype_of(value))
         if isinstance(value, Node):
-            return int(value.meta["val"].node.hint) if isinstance(value.meta.get("val"), torch.SymInt) else value
+            size = value.meta.get("val")
+            if isinstance(size, torch.SymInt) and not size.node.has_hint():
+                raise NotRowWise("a size is known only at run time")
+            return int(size.node.hint) if isinstance(size, torch.SymInt) else value
         return value
 
     args, kwargs = app.arguments(lambda v: v)

@@ -1,0 +1,147 @@
+"""Numbers that forward reads off tensors: a trace takes them for data, known only at run time.
+
+    i, j = torch.triu_indices(n, n, 1)                 [triu_indices] -> [unbind] -> [item]
+    for a, b in zip(i.tolist(), j.tolist()):           x[:, 0], x[:, 1] and not x[:, a number of run time]
+
+What factories, literals and buffers alone make is known while the trace runs: the nodes that made it are computed. A
+buffer may change afterwards, so those that were read are noted, and each call holds them against what they were.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Iterable, Mapping, Set
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
+
+_ASKED: set[Callable[..., Any]] = {
+    getattr(Tensor, name) for name in ("item", "tolist", "__int__", "__index__", "__float__", "__bool__")
+}
+_LIMIT = 1 << 16  # entries of a value on the way
+_ONLY_MARKS = torch.ops.aten.detach_.default  # changes no entry
+
+
+class WrittenError(Exception):
+    """Forward writes the buffers `names`, which numbers were read off."""
+
+    def __init__(self, names: Set[str]):
+        super().__init__()
+        self.names = names
+
+
+class ReadNumbers(TorchFunctionMode):
+    """While active, a number read off what depends on nothing is that number.
+
+    read: the buffers of `module` that numbers were read off, by name, with their values. written: those that forward
+    writes, which are data.
+    """
+
+    def __init__(self, module: nn.Module, written: Set[str] = frozenset()):
+        super().__init__()
+        self.read: dict[str, Tensor] = {}
+        self._module = module
+        # a trace puts others in their place
+        self._buffers = {name: b for name, b in module.named_buffers() if name not in written}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = self._made_of(args[0]) if func in _ASKED and len(args) == 1 and not kwargs else None
+        if made is None:
+            return func(*args, **(kwargs or {}))
+        order, given, root = made
+        with _disable_current_modes(), torch._C.DisableTorchFunction(), torch.no_grad():
+            self.read.update({name: self._buffers[name].detach().clone() for name in given.values()})
+            return func(_computed(order, {n: self._buffers[name] for n, name in given.items()}, root))
+
+    def _made_of(self, tensor: Tensor) -> tuple[list[Node], dict[Node, str], nn.Module] | None:
+        """The nodes that make a value, in order, the buffers among them, and what holds the literals."""
+        mode = get_proxy_mode()
+        tracer: Any = None if mode is None else mode.tracer
+        slot = None if tracer is None else get_proxy_slot(tensor, tracer, None)
+        if slot is None:
+            return None
+        behind, root = _behind([slot.proxy.node]), tracer.root
+        inputs = [n for n in behind if n.op == "placeholder"]
+        given = self._named(tracer) if inputs else {}
+        given = {n: given[n] for n in inputs if n in given}
+        if len(given) < len(inputs) or any(self._buffers[name].numel() > _LIMIT for name in given.values()):
+            return None
+        graph = slot.proxy.node.graph
+        if any(n not in given and not _known(n, root) for n in behind) or _changed(graph.nodes, behind):
+            return None
+        if given and not all(_of_torch(n) for n in graph.nodes):  # a leaf may write a buffer unseen
+            return None
+        return [n for n in graph.nodes if n in behind], given, root
+
+    def _named(self, tracer: Any) -> dict[Node, str]:
+        found = ((get_proxy_slot(b, tracer, None), name) for name, b in self._module.named_buffers())
+        return {slot.proxy.node: name for slot, name in found if slot is not None and name in self._buffers}
+
+
+def settled_buffers(graph: Graph, read: Collection[str]) -> None:
+    """Raises WrittenError where the traced graph writes a buffer of `read`."""
+    named = [n for n in graph.nodes if n.op == "get_attr" and n.target in read]
+    written = {str(n.target) for n in named if _changed(graph.nodes, {n})}
+    if written:
+        raise WrittenError(written)
+
+
+def _behind(nodes: Collection[Node]) -> set[Node]:
+    """The nodes and all that they are made of."""
+    found, left = set[Node](), list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += node.all_input_nodes
+    return found
+
+
+def _known(node: Node, root: nn.Module) -> bool:
+    """Whether the node is a literal, or what torch makes of its operands alone, of sizes that are numbers."""
+    if node.op == "get_attr":
+        literal = getattr(root, str(node.target), None)
+        return isinstance(literal, Tensor) and not isinstance(literal, FakeTensor)
+    target, value = node.target, node.meta.get("val")
+    if target is operator.getitem:
+        return True
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    if torch.Tag.nondeterministic_seeded in target.tags or _writes(node):
+        return False
+    made = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(t, Tensor) and all(isinstance(s, int) for s in t.shape) and t.numel() <= _LIMIT for t in made)
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and (
+        node.target._schema.is_mutable and node.target is not _ONLY_MARKS
+    )
+
+
+def _of_torch(node: Node) -> bool:
+    return not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace == "aten"
+
+
+def _changed(nodes: Iterable[Node], behind: set[Node]) -> bool:
+    """Whether any of the nodes writes into what may share memory with one of these."""
+    return any(_writes(n) and not behind.isdisjoint(_behind(n.all_input_nodes)) for n in nodes)
+
+
+def _computed(order: Collection[Node], given: Mapping[Node, Tensor], root: nn.Module) -> Any:
+    """The value of the last node."""
+    values: dict[Node, Any] = dict(given)
+    for node in order:
+        if node.op == "get_attr":
+            values[node] = getattr(root, str(node.target))
+        elif node not in values:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return values[node]
