@@ -43,7 +43,7 @@ from roo_rewrite.errors import CaptureError, EquivalenceError, SpecError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.features import FeatureSpec
 from roo_rewrite.inputs import Inputs, bind_inputs
-from roo_rewrite.lazies import give_shapes
+from roo_rewrite.lazies import give_parameters, give_shapes, refuse_parameters
 from roo_rewrite.leaves import default_leaves
 from roo_rewrite.module import RequestModel
 from roo_rewrite.program import Program, holder
@@ -108,9 +108,12 @@ def rewrite(
     atoms, statics = inputs.flatten(args, kwargs, Provenance.IMPRESSION)
     options = Options(_fanout(fanout), _dropout(dropout), _paths(model, leaves), check, split)
     give_shapes(model, args, kwargs)
-    known = _runs(model, args, kwargs)
+    copied = _called(model, args, kwargs)
+    if give_parameters(model, copied, args, kwargs):
+        copied = _called(model, args, kwargs)
+        refuse_parameters(model, copied)
     one_level(inputs, atoms)
-    return RequestModel(model, inputs, atoms, statics, Builder(options), known)
+    return RequestModel(model, inputs, atoms, statics, Builder(options), settings(model, copied))
 
 
 def _fanout(fanout: float | None) -> float:
@@ -136,8 +139,8 @@ def _paths(model: nn.Module, leaves: Sequence[str]) -> tuple[str, ...]:
     return tuple(leaves)
 
 
-def _runs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where the model keeps its settings. The example must run before anything else is said about the model."""
+def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> nn.Module:
+    """A copy of the model that has run on the example; that comes before anything else is said about the model."""
     for grad in (False, True):  # a forward that takes gradients itself runs with them alone
         copied = twin(model)
         given = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
@@ -148,7 +151,7 @@ def _runs(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> l
         except Exception as e:
             if grad:
                 raise CaptureError(f"the model cannot be called with the example: {type(e).__name__}: {e}") from e
-    return settings(model, copied)
+    return copied
 
 
 @dataclass(frozen=True)
