@@ -5,6 +5,7 @@
     wrap_with_autocast("cpu", bfloat16, ..., body, x)  the body, its nodes marked with the autocast
     wrap_with_autocast("cuda", ..., body, x on a CPU)  the body, which that autocast does not reach
     wrap_with_autocast(..., enabled=False, body, x)    the body, where no autocast is on around the call
+    a marked op whose casts are known                  the op on operands that are cast (`autocast_casts`)
 
 Postcondition: no wrapping ops; a mark says that autocast may change what its node returns.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from passes.autocast_casts import write_casts
 from passes.functionalize import mutated
 from roo_rewrite.facts import AUTOCAST
 
@@ -27,21 +29,24 @@ aten = torch.ops.aten
 
 def inline(graph: Graph, owner: nn.Module) -> None:
     """Puts the bodies of wrapping ops, submodules of `owner`, in the place of their calls."""
-    _bodies(graph, owner)
+    for region in _bodies(graph, owner):
+        write_casts(graph, region)
     _drop_idle_autocast(graph)
 
 
-def _bodies(graph: Graph, owner: nn.Module) -> None:
-    """Puts the bodies of wrapping ops in the place of their calls, innermost included."""
-    hops = torch.ops.higher_order
+def _bodies(graph: Graph, owner: nn.Module) -> list[list[Node]]:
+    """Puts the bodies of wrapping ops in the place of their calls, innermost included. The nodes of each."""
+    hops, regions = torch.ops.higher_order, list[list[Node]]()
     for node in list(graph.nodes):
         if node.target is hops.wrap_with_set_grad_enabled:
             enabled, body, *args = node.args
-            _splice(graph, owner, node, body, args, detach=not enabled, autocast=node.meta.get(AUTOCAST))
+            mark = node.meta.get(AUTOCAST)
+            regions.append(_splice(graph, owner, node, body, args, detach=not enabled, autocast=mark))
         elif node.target is hops.wrap_with_autocast:
             device, dtype, enabled, cache, body, *args = node.args
             region = (device, dtype, enabled, cache) if _has_tensors_on(device, owner, body, args) else None
-            _splice(graph, owner, node, body, args, detach=False, autocast=region)
+            regions.append(_splice(graph, owner, node, body, args, detach=False, autocast=region))
+    return regions
 
 
 def _has_tensors_on(device: Any, owner: nn.Module, body: Node, args: list[Any]) -> bool:
@@ -61,7 +66,8 @@ def _drop_idle_autocast(graph: Graph) -> None:
 
 def _splice(
     graph: Graph, owner: nn.Module, node: Node, body: Node, args: list[Any], detach: bool, autocast: Any
-) -> None:
+) -> list[Node]:
+    """The nodes that were put in the place of the call."""
     module = owner.get_submodule(str(body.target))
     assert isinstance(module, GraphModule)
     _bodies(module.graph, module)
@@ -94,6 +100,7 @@ def _splice(
     graph.erase_node(node)
     if not body.users:
         graph.erase_node(body)
+    return [n for n in mapping.values() if AUTOCAST in n.meta]
 
 
 def _written(node: Node) -> Node:

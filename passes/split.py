@@ -26,10 +26,11 @@ import torch.fx
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from passes.build import Builder
 from passes.drawn import draws
-from passes.forms import Form, Reshaped, Whole
+from passes.forms import Form, Reshaped, Whole, dtype_of
 from passes.functionalize import is_effect
 from passes.price import Candidate, Price
 from roo_rewrite.capture import Captured
@@ -169,7 +170,7 @@ class Splitter:
             result = self._split(node) if _may_split(node) else None
         except NotRowWise:  # what a handler would build holds for the traced batch only
             result = None
-        if result is not None:
+        if result is not None and _keeps_dtypes(node, result):
             self.forms[node] = result
             return
         made = self._size(node)
@@ -280,6 +281,12 @@ def _may_split(node: Node) -> bool:
         and node.target is not torch.ops.roo.leaf.default
         and not draws(node)
     )
+
+
+def _keeps_dtypes(node: Node, found: Form | list[Form]) -> bool:
+    """Whether what stands for a node's values has their dtypes: of operands of several, torch promotes as it likes."""
+    forms = found if isinstance(found, list) else [found]
+    return all(dtype_of(f) is v.dtype for f, v in zip(forms, pytree.tree_leaves(node.meta["val"]), strict=True))
 
 
 def _keeps(node: Node) -> bool:

@@ -291,7 +291,8 @@ def _export(
         raise CaptureError(DRAWS)
     symbols = _batch_symbols(program, inputs, graph)
     accepts = Guards.of(program, symbols, example, batch)
-    kept = settled(graph, next((s for s, e in symbols.items() if e == BATCH), None), batch)
+    rows = next((s for s, e in symbols.items() if e == BATCH), None)
+    kept = settled(graph, program.graph_module, rows, batch)
     return Captured(
         model,
         graph,

@@ -119,7 +119,7 @@ def _over(rows: Tensor, grad: Tensor) -> Tensor:
 def gradients_differ(names: Sequence[str], got: Gradients, want: Gradients, precision: torch.dtype) -> str | None:
     """The first gradient that is missing, or differs beyond rounding, in words."""
     got, want = together(got, want)
-    limit, floor = max(1e-7, 10 * tolerance(precision)), noise(want)
+    limit, floor = max(1e-7, 10 * tolerance(precision)), noise(want, precision)
     for name, a, b in zip(names, got, want, strict=True):
         if (a is None) != (b is None) and not _zero(a if b is None else b):
             return f"the gradient of {name!r} is {'missing' if a is None else 'there'}, unlike the original's"
@@ -129,10 +129,10 @@ def gradients_differ(names: Sequence[str], got: Gradients, want: Gradients, prec
     return None
 
 
-def noise(grads: Gradients) -> float:
+def noise(grads: Gradients, precision: torch.dtype = torch.float64) -> float:
     """The scale below which a gradient is judged as one that should be 0 (of a bias before a batch norm, say)."""
     sizes = [_largest(_dense(g)) for g in grads if g is not None]
-    return 1e-3 * max((s for s in sizes if math.isfinite(s)), default=0.0)
+    return max(1e-3, tolerance(precision) / 6) * max((s for s in sizes if math.isfinite(s)), default=0.0)
 
 
 def _dense(grad: Tensor) -> Tensor:

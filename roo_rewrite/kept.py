@@ -23,12 +23,14 @@ from typing import Any
 import sympy
 import torch
 import torch.fx
-from torch import Tensor
-from torch.fx import Graph, Node
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from roo_rewrite.errors import CaptureError
 from roo_rewrite.flags import Flags, column
 from roo_rewrite.nodes import replaced
 from roo_rewrite.ops.kept import kept_rows, marked_entries
@@ -180,31 +182,37 @@ def _over(mask: Tensor, out: Tensor) -> Tensor:
     return mask.view([-1] + [1] * (out.ndim - 1))
 
 
-def settled(graph: Graph, batch: sympy.Symbol | None, rows: int) -> bool:
+def settled(graph: Graph, bodies: nn.Module, batch: sympy.Symbol | None, rows: int) -> bool:
     """Puts all rows in the place of the kept ones, in a graph traced on `rows` of them. False where there are none.
 
-    batch: the trace's symbol of the batch.
+    bodies: holds the graphs of higher-order ops. batch: the trace's symbol of the batch.
+
+    Raises CaptureError where the kept rows of one graph go into another.
     """
-    sources = [n for n in graph.nodes if n.target is torch.ops.roo.kept_source.default]
-    marks = [n for n in graph.nodes if n.target is torch.ops.roo.marked_entries.default]
+    graphs = [graph, *(m.graph for m in bodies.modules() if m is not bodies and isinstance(m, GraphModule))]
+    sources = [n for g in graphs for n in g.nodes if n.target is torch.ops.roo.kept_source.default]
+    marks = [n for g in graphs for n in g.nodes if n.target is torch.ops.roo.marked_entries.default]
     if not (sources or marks) or batch is None:
         return False
     for node in marks:
-        replaced(graph, node, marked_entries, *node.args)
+        replaced(node.graph, node, marked_entries, *node.args)
+    nodes = [n for g in graphs for n in g.nodes]
     sizes = {n.meta["val"].shape[0].node.expr: batch for n in sources}
-    for node in graph.nodes:
+    for node in nodes:
         if "val" in node.meta:
             node.meta["val"] = pytree.tree_map(lambda v: _resized(v, sizes, rows), node.meta["val"])
             node.meta.pop("unbacked_bindings", None)
-    for node in list(graph.nodes):
+    for node in nodes:
         if node.target is aten.index_select.default and node.args[2] in sources:
-            replaced(graph, node, kept_rows, node.args[0], node.args[2].args[0])
+            replaced(node.graph, node, kept_rows, node.args[0], node.args[2].args[0])
         elif node.target is torch.ops.roo.put_rows.default:
-            _put(graph, node)
+            _put(node.graph, node)
     for node in sources:
         for user in list(node.users):  # its size is the batch's
-            replaced(graph, user, user.target, node.args[0], *user.args[1:])
-        graph.erase_node(node)
+            if not isinstance(user.target, OpOverload):
+                raise CaptureError("the rows that a mask keeps go into a region of their own")
+            replaced(node.graph, user, user.target, node.args[0], *user.args[1:])
+        node.graph.erase_node(node)
     return True
 
 

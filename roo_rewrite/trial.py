@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from roo_rewrite.calls import ambient, without_empty
 from roo_rewrite.capture import Captured
@@ -212,7 +212,7 @@ class Trial:
             truth = _backward(expected, wanted)
         except RuntimeError:  # reentrant checkpointing, for one, cannot be asked for gradients
             return None
-        floor = noise(truth)
+        floor = noise(truth, precision)
         for (name, wrt), got, want in zip(named, _backward(found, wanted), truth):
             got, want = (torch.zeros_like(wrt) if g is None else g.to_dense() for g in (got, want))
             if distance(got, want, floor) > max(1e-6, 50 * tolerance(wrt.dtype), 10 * tolerance(precision)):
@@ -286,7 +286,8 @@ class Stages:
 
 def _precision(captured: Captured) -> torch.dtype:
     """The lowest floating point precision of the trace."""
-    values = (n.meta.get("val") for n in captured.graph.nodes)
+    bodies = (m.graph for m in captured.bodies.modules() if isinstance(m, GraphModule))
+    values = (n.meta.get("val") for graph in (captured.graph, *bodies) for n in graph.nodes)
     lowered = (d for d in ambient() if d is not None)
     found: set[torch.dtype] = {torch.float64, *lowered, *(v.dtype for v in values if isinstance(v, Tensor))}
     return max(found, key=tolerance)

@@ -37,7 +37,9 @@ def outer(s: Splitter, app: Application) -> Form | None:
     """x [.., h, 1, ..] * y [.., 1, m, ..] in cells, if a cell has the request's factor; carried out only if asked."""
     x, y = app["self"], app["other"]
     place = _outer_dim(x, y)
-    if place is None or not (has_early(x) or has_early(y)) or not dtype_of(x).is_floating_point:
+    if place is None or not (has_early(x) or has_early(y)):
+        return None
+    if dtype_of(x) is not dtype_of(y) or not dtype_of(x).is_floating_point:
         return None
     if provenance(x) is not Provenance.IMPRESSION and provenance(y) is not Provenance.IMPRESSION:
         return None
