@@ -6,7 +6,6 @@ import builtins
 import contextlib
 import importlib
 import io
-import itertools
 import logging
 import re
 import warnings
@@ -14,13 +13,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.nn.modules import module as _module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from roo_rewrite import spelled_out
 from roo_rewrite.errors import CaptureError
 
 
@@ -175,37 +174,24 @@ def silent() -> Iterator[None]:
         quiet.setLevel(level)
 
 
-def _take_along_dim(x: Tensor, indices: Tensor, dim: int | None = None) -> Tensor:
-    """torch's own makes plain numbers of the sizes it broadcasts. Raises RuntimeError as it does."""
-    if dim is None or x.ndim != indices.ndim:
-        return torch.take_along_dim(x, indices, dim)
-    dim = dim % x.ndim if -x.ndim <= dim < x.ndim else dim
-    kept, rest = list(x.shape), list(indices.shape)
-    kept[dim] = rest[dim] = 1
-    both = list(torch.broadcast_shapes(kept, rest))  # type: ignore[no-untyped-call]
-    kept[:], rest[:] = both, both
-    kept[dim], rest[dim] = x.shape[dim], indices.shape[dim]
-    return x.expand(kept).gather(dim, indices.expand(rest))
-
-
-def _combinations(x: Tensor, r: int = 2, with_replacement: bool = False) -> Tensor:
-    """torch's own reads them off a mask, whose count a trace does not know. x: [n], n the same for every batch."""
-    n = x.shape[0] if x.ndim == 1 else None
-    if not isinstance(n, int) or r < 1:
-        return torch.combinations(x, r, with_replacement)
-    chosen = (itertools.combinations_with_replacement if with_replacement else itertools.combinations)(range(n), r)
-    places = torch.tensor(list(chosen), dtype=torch.int64, device=x.device).reshape(-1, r)
-    return x[places]
-
-
 class Traceable(TorchFunctionMode):
     """While active, what a trace cannot follow or knows nothing of is said in ops that it follows."""
 
     INSTEAD: ClassVar[dict[Any, Callable[..., Any]]] = {
         torch.Tensor.data.__get__: torch.Tensor.detach,  # type: ignore[attr-defined]
-        torch.take_along_dim: _take_along_dim,
-        torch.Tensor.take_along_dim: _take_along_dim,
-        torch.combinations: _combinations,
+        torch.take_along_dim: spelled_out.take_along_dim,
+        torch.Tensor.take_along_dim: spelled_out.take_along_dim,
+        torch.combinations: spelled_out.combinations,
+        torch.kron: spelled_out.kron,
+        torch.Tensor.kron: spelled_out.kron,
+        torch.linalg.multi_dot: spelled_out.multi_dot,
+        torch.chain_matmul: spelled_out.chain_matmul,
+        torch.cov: spelled_out.cov,
+        torch.Tensor.cov: spelled_out.cov,
+        torch.corrcoef: spelled_out.corrcoef,
+        torch.Tensor.corrcoef: spelled_out.corrcoef,
+        torch.vander: spelled_out.vander,
+        torch.gradient: spelled_out.gradient,
     }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import roo_rewrite as roo
 from roo_rewrite.tracing import Traceable
 
 
-def instead(function: Callable[..., Tensor], *args: Any) -> Tensor:
+def instead(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
     with Traceable():
-        return function(*args)
+        return function(*args, **named)
 
 
 @settings(derandomize=True, deadline=None)
@@ -57,6 +59,55 @@ def test_combinations_are_those_of_torch(n: int, r: int, again: bool) -> None:
     assert found.shape == expected.shape
 
 
+def draw(*sizes: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return (torch.randn(sizes, dtype=torch.float64) * 3).to(dtype)
+
+
+MATRICES = ([(3,), (3, 4), (4, 5)], [(2, 3), (3, 4), (4,)], [(3,), (3,)], [(2, 3), (3, 9), (9, 1), (1, 5)])
+PLACES = [draw(n).abs().cumsum(0) + torch.arange(n) for n in (4, 5, 6)]
+COUNTS = torch.tensor([1, 3, 2, 1, 2])
+# Arguments of each function; a last dict is its keyword arguments.
+SAID: dict[Callable[..., Any], list[tuple[Any, ...]]] = {
+    torch.kron: [(draw(*a), draw(*b)) for a, b in itertools.product([(), (2,), (2, 3), (2, 1, 3), (0, 3)], repeat=2)],
+    torch.linalg.multi_dot: [([draw(*size) for size in sizes],) for sizes in MATRICES],
+    torch.cov: [
+        (x, {"correction": c, "fweights": f, "aweights": a})
+        for x in (draw(3, 5), draw(5), draw(1, 5), draw(2, 5, dtype=torch.int64), draw(2, 5, dtype=torch.complex128))
+        for c, f, a in itertools.product((0, 1, 9), (None, COUNTS), (None, torch.rand(5, dtype=torch.float64)))
+    ],
+    torch.corrcoef: [(draw(3, 5),), (draw(5),), (draw(2, 5, dtype=torch.complex128),)],
+    torch.vander: [
+        (x, n, up)
+        for x in (draw(3), draw(0), draw(3, dtype=torch.int32), draw(3, dtype=torch.bool))
+        for n, up in itertools.product((None, 0, 1, 4), (True, False))
+    ],
+    torch.gradient: [
+        (draw(4, 5, 6), {"spacing": step, "dim": dim, "edge_order": order})
+        for step, dim in ((1, -1), (2.5, 0), ([1, 2.0], (2, 0)), (PLACES, (0, 1, 2)), ((PLACES[1],), 1))
+        for order in (1, 2)
+    ]
+    + [(draw(2, 3),), (draw(3, 4, dtype=torch.int64),), (draw(4, 3, 3), {"spacing": 0.5})],
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+@pytest.mark.parametrize("function", SAID, ids=lambda f: f.__name__)
+def test_what_is_spelled_out_is_what_torch_gives(function: Callable[..., Any]) -> None:
+    for given_ in SAID[function]:
+        args, named = (given_[:-1], given_[-1]) if isinstance(given_[-1], dict) else (given_, {})
+        leaves = [a for a in pytree.tree_leaves(args) if isinstance(a, Tensor) and a.dtype is torch.float64]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        found, expected = instead(function, *args, **named), function(*args, **named)
+        torch.testing.assert_close(list(found) if isinstance(found, tuple) else found, expected, equal_nan=True)
+        if function is torch.vander:  # whose own backward fails
+            continue
+        ends = [[t.sum() for t in pytree.tree_leaves(made) if t.dtype is torch.float64] for made in (found, expected)]
+        if leaves and ends[0] and all(bool(t.isfinite()) for t in ends[1]):
+            slopes = [torch.autograd.grad(e, leaves, allow_unused=True, materialize_grads=True) for e in ends]
+            torch.testing.assert_close(*slopes, equal_nan=True)
+
+
 class Sorted(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -77,9 +128,28 @@ class Crossing(nn.Module):
         return torch.take_along_dim(u, u.argsort(0), 0).sum(1) + x.sum(1) + pairs.sum()
 
 
-@pytest.mark.parametrize("model", [Sorted(), Crossing()])
+class SpelledOut(nn.Module):
+    """Of the user alone, but for `crossing`."""
+
+    def __init__(self, crossing: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.crossing = nn.Linear(4, 16), nn.Linear(16, 4), crossing
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        h = self.second(torch.linalg.multi_dot([u, self.first.weight.T, torch.cov(self.first.weight)]))
+        h = torch.kron(h[:, None], self.second.weight[:1])[:, 0, :4] + torch.gradient(h, dim=1)[0]
+        h = h + torch.vander(u[:, 0], 4) @ torch.corrcoef(self.second.weight)
+        if self.crossing:
+            h = h @ torch.cov(u.T) + torch.gradient(u, dim=0)[0]
+        return (h.relu() * x).sum(1)
+
+
+@pytest.mark.parametrize("model", [Sorted(), Crossing(), SpelledOut(), SpelledOut(True)])
 def test_models_that_take_and_combine(model: nn.Module) -> None:
     spec = roo.FeatureSpec(request=["u"], impression=["x"])
     found = roo.rewrite(model, (torch.randn(12, 4), torch.randn(12, 4)), spec=spec, fanout=10, check=True)
     roo.verify(model, found, batches=6)
     assert ("on broadcast inputs" in str(found.report)) == isinstance(model, Crossing)
+    assert "opaque leaf" not in str(found.report)
+    late = {n.op for n in found.report.nodes if n.runs == "impression"}
+    assert ("relu" in late) == bool(getattr(model, "crossing", False))
