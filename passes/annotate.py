@@ -51,7 +51,7 @@ from roo_rewrite.facts import (
 from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Atom, Inputs
 from roo_rewrite.kjt import Lookup
-from roo_rewrite.ops.kept import kept_rows, marked_entries, sorted_rows, unsorted_rows
+from roo_rewrite.ops.kept import kept_rows, marked_entries, some_rows, sorted_rows, unsorted_rows
 from roo_rewrite.probing import probe
 from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, op_name
 
@@ -166,7 +166,7 @@ def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) 
             raise NotRowWise(known.reason)
     if node.target is torch.ops.roo.leaf.default:
         return _leaf(captured, node, model, policy)
-    if node.target in (kept_rows, marked_entries, sorted_rows, unsorted_rows):
+    if node.target in (kept_rows, marked_entries, some_rows, sorted_rows, unsorted_rows):
         return _rowwise_by_agreement(node)
     if not isinstance(node.target, OpOverload):
         raise NotRowWise(f"no row rule for {op_name(node.target)}")

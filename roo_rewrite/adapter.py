@@ -13,6 +13,7 @@ from roo_rewrite.branches import Branches
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
+from roo_rewrite.kept import Masked
 from roo_rewrite.outputs import COMPUTED, COMPUTED_VALUE, flatten_output
 from roo_rewrite.purity import twin
 from roo_rewrite.tracing import no_lost_calls
@@ -23,8 +24,16 @@ Returned = tuple[list[Any], pytree.TreeSpec]
 class Adapter(nn.Module):
     """The model called on its atoms, and the conditions of `branches`; remembers the structure of what it returned."""
 
-    def __init__(self, model: nn.Module, inputs: Inputs, statics: Sequence[Any], branches: Branches | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        statics: Sequence[Any],
+        branches: Branches | None = None,
+        masked: Masked | None = None,
+    ):
         super().__init__()
+        self.__dict__["_masked"] = masked
         self.__dict__["_branches"] = branches
         self.model = model
         self.__dict__["_call"] = (inputs, statics)
@@ -39,7 +48,8 @@ class Adapter(nn.Module):
         args, kwargs = inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
         values, tree = flatten_output(self.model(*args, **kwargs))
         self.__dict__["_out"] = ([v if not isinstance(v, COMPUTED) else COMPUTED_VALUE for v in values], tree)
-        branches = self.__dict__["_branches"]
+        branches, masked = self.__dict__["_branches"], self.__dict__["_masked"]
+        values = masked.assured(values) if masked is not None else values
         return (*(v for v in values if isinstance(v, COMPUTED)), *(branches.asked.values() if branches else ()))
 
     @property

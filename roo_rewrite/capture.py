@@ -263,7 +263,8 @@ def _export(
         _observe(twin(model), inputs, example, statics, leaves, sites, batch, masked)
     if strict and (sites or run.raised):
         raise CaptureError("an autograd.Function, and what catches exceptions, is not interpreted")
-    adapter, numbers = Adapter(model, inputs, statics, branches), ReadNumbers(model, written)
+    adapter = Adapter(model, inputs, statics, branches, None if strict else masked)
+    numbers = ReadNumbers(model, written)
     adapter.training = model.training
     shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
     around = contextlib.ExitStack()

@@ -13,6 +13,8 @@ row-wise is proved in `passes.kept_regions`; else the model is captured again wi
     x[steps == last]      entries of x `[B, T, ...]`, where each row has one: `marked_entries`
 
 That each row has one is seen when the model is run, and asked of every batch.
+
+    if mask.any(): out[mask] = f(x[mask])      goes in; a batch where it would not runs on the original: `some_rows`
 """
 
 from __future__ import annotations
@@ -33,11 +35,12 @@ from torch.utils import _pytree as pytree
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.flags import Flags, column
 from roo_rewrite.nodes import replaced
-from roo_rewrite.ops.kept import kept_rows, marked_entries
+from roo_rewrite.ops.kept import kept_rows, marked_entries, some_rows
 from roo_rewrite.swallowed import asking
 
 aten = torch.ops.aten
 _SELECTS = (torch.masked_select, torch.Tensor.masked_select)
+_ANY = (torch.any, torch.Tensor.any)
 
 
 @torch.library.custom_op("roo::kept_source", mutates_args=())
@@ -73,6 +76,17 @@ def _marked_shape(x: Tensor, mask: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:1], *x.shape[2:]))
 
 
+@torch.library.custom_op("roo::some_rows", mutates_args=())
+def some_op(x: Tensor, mask: Tensor) -> Tensor:
+    """Stands for x, of a batch where a mask is true of some row, while tracing; it is never run on real tensors."""
+    raise RuntimeError("roo::some_rows exists only while tracing")
+
+
+@some_op.register_fake
+def _some_shape(x: Tensor, mask: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 class Masked:
     """Whether rows that a mask keeps are traced so (`wanted`), and whether there were any (`used`).
 
@@ -82,10 +96,36 @@ class Masked:
     def __init__(self, wanted: bool):
         self.wanted, self.used = wanted, False
         self.singly: dict[tuple[str, int], bool] = {}
+        self._tracing: _KeptRows | None = None
 
     def rows(self, size: int, tracing: bool) -> contextlib.AbstractContextManager[Any]:
         """While active, on a batch of `size` rows it is done so."""
-        return _KeptRows(self, size, tracing) if self.wanted else contextlib.nullcontext()
+        if not self.wanted:
+            return contextlib.nullcontext()
+        made = _KeptRows(self, size, tracing)
+        self._tracing = made if tracing else None
+        return made
+
+    def assured(self, values: list[Any]) -> list[Any]:
+        """What a traced forward returns; on a batch where an answer of the trace does not hold, it raises.
+
+        Raises CaptureError where a mask that was asked for any row keeps none of them.
+        """
+        promised = self._tracing.promised if self._tracing is not None else {}
+        if not promised:
+            return values
+        assert self._tracing is not None
+        tensors = [i for i, v in enumerate(values) if isinstance(v, Tensor)]
+        written = any(mask._version != version for mask, version in promised.values())
+        if written or not tensors or not set(promised) <= set(self._tracing.sources):
+            raise CaptureError("forward asks whether a mask is true anywhere, and keeps no rows by it")
+        at = next(
+            (i for i in tensors if values[i].ndim and _hint(values[i].shape[0]) == self._tracing.rows), tensors[0]
+        )
+        made = values[at]
+        for mask, _ in promised.values():
+            made = torch.ops.roo.some_rows(made, mask)
+        return [*values[:at], made, *values[at + 1 :]]
 
 
 class _KeptRows(TorchFunctionMode):
@@ -95,11 +135,17 @@ class _KeptRows(TorchFunctionMode):
         super().__init__()
         self.masked, self.rows, self.tracing = masked, rows, tracing
         self.sources: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self.promised: dict[int, tuple[Tensor, int]] = {}
         self.flags = Flags()
+        self._any: dict[int, tuple[Tensor, Tensor, int]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], tuple) and self._leads(*args):
+            args = (args[0][(slice(None), *args[1][1:])], args[1][0])
         if func is torch.Tensor.__getitem__ and self._masked(*args):
             return self._taken(*args)
+        if self.tracing and getattr(func, "__name__", "") == "__bool__" and id(args[0]) in self._any:
+            return self._promise(*self._any[id(args[0])])
         if func in _SELECTS and not kwargs and self._column(*args):
             return self._taken(*args).reshape(-1)
         if func is torch.Tensor.__getitem__ and self._marks(*args):
@@ -118,7 +164,23 @@ class _KeptRows(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self.tracing and not kwargs:
             self.flags.note(getattr(func, "__name__", ""), args, result)
+            if func in _ANY and len(args) == 1 and self._masked(args[0], args[0]):
+                self._any[id(result)] = result, args[0], args[0]._version
         return result
+
+    def _promise(self, answer: Tensor, mask: Tensor, version: int) -> bool:
+        """Whether a mask keeps any row: it does in all batches but those that run on the original."""
+        self.masked.used = True
+        if answer._version or mask._version != version:
+            raise CaptureError("forward asks what was written to since")
+        first = self.flags.first(mask)
+        self.promised[id(first)] = first, first._version
+        return True
+
+    def _leads(self, x: Tensor, index: tuple[Any, ...]) -> bool:
+        """Whether a mask over the batch comes first in an index, with nothing but slices and numbers behind."""
+        plain = all(i is None or i is Ellipsis or isinstance(i, slice) or type(i) is int for i in index[1:])
+        return plain and len(index) > 1 and self._masked(x, index[0])
 
     def _taken(self, x: Tensor, mask: Tensor) -> Tensor:
         """The rows of x that a mask keeps."""
@@ -196,6 +258,8 @@ def settled(graph: Graph, bodies: nn.Module, batch: sympy.Symbol | None, rows: i
         return False
     for node in marks:
         replaced(node.graph, node, marked_entries, *node.args)
+    for node in [n for n in graph.nodes if n.target is torch.ops.roo.some_rows.default]:
+        replaced(graph, node, some_rows, *node.args)
     nodes = [n for g in graphs for n in g.nodes]
     sizes = {n.meta["val"].shape[0].node.expr: batch for n in sources}
     for node in nodes:

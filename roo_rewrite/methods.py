@@ -118,7 +118,8 @@ class Start:
 
 def _whole(model: nn.Module) -> Outlook:
     found = Outlook()
-    found.look(model, (), {path: set(vars(m)) for path, m in model.named_modules()}, ())
+    ours = {"_compiled_call_impl"}  # of modules that are leaves
+    found.look(model, (), {path: set(vars(m)) - ours for path, m in model.named_modules()}, ())
     return found
 
 

@@ -78,7 +78,14 @@ def logarithm(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tens
     return put_back(steps, mask, lengths[mask].log().unsqueeze(1) * model.state(steps[mask].sum(1)))
 
 
-@pytest.mark.parametrize("region", [last_state, padded, of_both_sides, of_its_size, logarithm])
+def if_any(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    mask, out = lengths > 0, torch.ones(steps.shape[0], WIDTH)
+    if mask.any():
+        out[mask] = model.state(steps[mask, 1, :]).tanh() + steps[mask, None].sum((1, 2))
+    return out
+
+
+@pytest.mark.parametrize("region", [last_state, padded, of_both_sides, of_its_size, logarithm, if_any])
 def test_kept_rows_run_once_per_request(region: Region) -> None:
     model = Kept(region).eval()
     rewritten = roo.rewrite(model, example(), spec=SPEC, fanout=10, check=True)
@@ -107,6 +114,35 @@ def mean_of_rows(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> T
     mask = lengths > 0
     kept = steps[mask].sum(1)
     return put_back(steps, mask, kept - kept.mean(0))
+
+
+def any_else(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    state = model.state(item)  # no row is kept by the mask
+    return state if (lengths > 4).any() else -state
+
+
+def any_kept_in_vain(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    mask, state = lengths > 4, model.state(item)
+    if mask.any():
+        model.state(steps[mask])
+        state = state + 1
+    return state
+
+
+def any_outside(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    mask, state = lengths > 0, model.state(item)
+    if not (lengths > 0).any():
+        state = -state
+    return put_back(steps, mask, steps[mask].sum(1)) + state
+
+
+def any_before_it_is_written(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    mask, out = lengths > 4, torch.ones(steps.shape[0], WIDTH)
+    some = mask.any()
+    mask |= lengths > 0
+    if some:
+        out[mask] = model.state(steps[mask].sum(1))
+    return out
 
 
 def how_many(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
@@ -153,6 +189,8 @@ def numbered(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tenso
 
 
 DECLINED = [
+    any_else,
+    any_before_it_is_written,
     by_item,
     two_masks,
     mean_of_rows,
@@ -195,7 +233,7 @@ def same(model: nn.Module, rewritten: roo.RequestModel, counts: list[int], lengt
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("region", [last_state, of_both_sides, logarithm])
+@pytest.mark.parametrize("region", [last_state, of_both_sides, logarithm, if_any, any_kept_in_vain, any_outside])
 def test_few_rows_are_the_originals(region: Region) -> None:
     model = Kept(region).eval()
     rewritten = roo.rewrite(model, example(), spec=SPEC, fanout=10)

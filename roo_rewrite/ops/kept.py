@@ -26,6 +26,13 @@ def marked_entries(x: Tensor, mask: Tensor) -> Tensor:
     return x.gather(1, at.expand(-1, 1, *x.shape[2:])).squeeze(1)
 
 
+def some_rows(x: Tensor, mask: Tensor) -> Tensor:
+    """x of any shape, of a batch of which mask `[B]` keeps a row. Raises FewRowsError where it keeps none."""
+    if not bool(mask.any()):
+        raise FewRowsError("a mask keeps no row of this batch; run the original on it")
+    return x
+
+
 def sorted_rows(x: Tensor, order: Tensor) -> Tensor:
     """The rows of x `[B, ...]` in an order: int64 `[B]`, every row once."""
     return x.index_select(0, order)

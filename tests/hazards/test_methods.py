@@ -39,6 +39,23 @@ class ByRow(Plain):
         return self.mix(self.user(h), x)
 
 
+class Loops(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        return torch.stack([row * (2.0 if row[0] > 0 else 1.0) for row in h])
+
+
+class BesideAModule(ByRow):
+    """A function, and a module that is a leaf too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loops = Loops()
+
+    def forward(self, u_ids: Tensor, x: Tensor) -> Tensor:
+        h = (self.embed(u_ids) * self.weights(u_ids).unsqueeze(-1)).sum(1)
+        return self.mix(self.loops(self.user(h)), x)
+
+
 class OfAnObject(ByRow):
     """A static method, of positional and named arguments, within no_grad."""
 
