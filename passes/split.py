@@ -286,7 +286,7 @@ def _may_split(node: Node) -> bool:
 def _keeps_dtypes(node: Node, found: Form | list[Form]) -> bool:
     """Whether what stands for a node's values has their dtypes: of operands of several, torch promotes as it likes."""
     forms = found if isinstance(found, list) else [found]
-    return all(dtype_of(f) is v.dtype for f, v in zip(forms, pytree.tree_leaves(node.meta["val"]), strict=True))
+    return all(dtype_of(f) is v.dtype for f, v in zip(forms, pytree.tree_leaves(node.meta["val"]), strict=False))
 
 
 def _keeps(node: Node) -> bool:
