@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -21,47 +22,56 @@ def evaluate(captured: Captured, node: Node) -> Tensor | None:
     A buffer, or a parameter of integers, may change: what was read of it is noted in `captured.assumed`, which
     each call holds it against.
     """
-    memo: dict[Node, Tensor | None] = {}
+    memo: dict[Node, Any] = {}
     value = _value(captured, node, memo)
-    if value is not None:
+    if isinstance(value, Tensor):
         read = [n for n, v in memo.items() if n.op == "get_attr" and v is not None]
-        captured.assumed.update({str(n.target): memo[n].clone() for n in read if not _literal(n)})  # type: ignore[union-attr]
-    return value
+        captured.assumed.update({str(n.target): memo[n].clone() for n in read if not _literal(n)})
+        return value
+    return None
 
 
 def _literal(node: Node) -> bool:
     return str(node.target).startswith("_roo.")
 
 
-def _value(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) -> Tensor | None:
+def _value(captured: Captured, node: Node, memo: dict[Node, Any]) -> Any:
     if node not in memo:
         memo[node] = None
         memo[node] = _compute(captured, node, memo)
     return memo[node]
 
 
-def _compute(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) -> Tensor | None:
+def _compute(captured: Captured, node: Node, memo: dict[Node, Any]) -> Any:
+    """A tensor, or the list of an op with several results; None where it is not known."""
     value = node.meta.get("val")
     if EFFECT in node.meta:
         return None
     if node.op == "get_attr":
         return _attribute(captured, str(node.target))
+    if node.target is operator.getitem:
+        several, place = node.args
+        known = _value(captured, several, memo) if isinstance(several, Node) else None
+        return None if known is None else known[place]
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
-    if not isinstance(value, Tensor) or any(not isinstance(s, int) for s in value.shape) or value.numel() > _LIMIT:
+    made = value if isinstance(value, (tuple, list)) else [value]
+    if not all(isinstance(t, Tensor) and _small(t) for t in made):
         return None
     if node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags:
         return None
-    known: dict[Node, Any] = {}
+    given: dict[Node, Any] = {}
     for source in node.all_input_nodes:
-        found = _argument(captured, source, memo)
-        if found is None:
+        given[source] = _argument(captured, source, memo)
+        if given[source] is None:
             return None
-        known[source] = found
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), given.__getitem__)
     with torch.no_grad():
-        made = node.target(*args, **kwargs)
-    return made if isinstance(made, Tensor) else None
+        return node.target(*args, **kwargs)
+
+
+def _small(tensor: Tensor) -> bool:
+    return all(isinstance(s, int) for s in tensor.shape) and tensor.numel() <= _LIMIT
 
 
 def _attribute(captured: Captured, name: str) -> Tensor | None:
@@ -72,7 +82,7 @@ def _attribute(captured: Captured, name: str) -> Tensor | None:
     return found if found is not None and found.numel() <= _LIMIT else None
 
 
-def _argument(captured: Captured, node: Node, memo: dict[Node, Tensor | None]) -> object | None:
+def _argument(captured: Captured, node: Node, memo: dict[Node, Any]) -> Any:
     if node.target is getattr:
         return torch.device("cpu")
     return _value(captured, node, memo)

@@ -30,6 +30,7 @@ import torch
 import torch.fx
 from torch.fx import Graph, Node
 
+from passes.as_others import AS_OTHERS
 from passes.constant_masks import constant_masks
 from passes.fills import FILLS
 from passes.functionalize import functionalize, is_effect, keeps, mutated
@@ -249,12 +250,12 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten.to.dtype: _same_dtype,
     aten.take_along_dim.default: _take_along,
     aten.to.dtype_layout: _same_place,
-    aten.type_as.default: _same_dtype,
     aten.expand.default: _same,
     aten.reshape.default: _same,
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
     **FILLS,
+    **AS_OTHERS,
 }
 
 

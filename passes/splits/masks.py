@@ -19,11 +19,15 @@ from passes.constants import evaluate
 from passes.forms import (
     Alike,
     Blocks,
+    Expanded,
     Filled,
     Form,
     Picked,
+    Sum,
     Whole,
     dtype_of,
+    hint,
+    is_static,
     same_shape,
 )
 from passes.ranges import Range, bounds
@@ -51,7 +55,39 @@ def ranged(s: Splitter, form: Any) -> Range | None:
         index = torch.tensor(form.index)
         low, high = (f if f.shape[form.dim] == 1 else f.index_select(form.dim, index) for f in found)
         return low, high
+    if isinstance(form, Filled):
+        value = torch.full([1] * form.ndim, form.value, dtype=torch.float64)
+        return value, value
+    if isinstance(form, Expanded):
+        return ranged(s, form.form)
+    if isinstance(form, (Blocks, Sum)):
+        forms = form.parts if isinstance(form, Blocks) else [f for _, f in form.terms]
+        ranges = [f for f in (ranged(s, part) for part in forms) if f is not None]
+        if len(ranges) == len(forms):
+            return _side_by_side(form, ranges) if isinstance(form, Blocks) else _added(form, ranges)
     return bounds(s.captured, form.node) if isinstance(form, Whole) else None
+
+
+def _side_by_side(form: Blocks, ranges: Sequence[Range]) -> Range | None:
+    if not all(is_static(size) for size in form.sizes):
+        return None
+    low, high = (torch.cat(_widened(form, ends), form.dim) for ends in zip(*ranges))
+    return low, high
+
+
+def _widened(form: Blocks, ends: Sequence[Tensor]) -> list[Tensor]:
+    """Each at its size in the dim of the parts, and in the others what any of them has."""
+    others = torch.broadcast_tensors(*(t.narrow(form.dim, 0, 1) for t in ends))  # type: ignore[no-untyped-call]
+    shape = list(others[0].shape)
+    return [t.expand(*shape[: form.dim], hint(n), *shape[form.dim + 1 :]) for t, n in zip(ends, form.sizes)]
+
+
+def _added(form: Sum, ranges: Sequence[Range]) -> Range | None:
+    total = torch.zeros([1] * form.ndim, dtype=torch.float64), torch.zeros([1] * form.ndim, dtype=torch.float64)
+    for (factor, _), found in zip(form.terms, ranges):
+        low, high = found if factor >= 0 else found[::-1]
+        total = total[0] + factor * low, total[1] + factor * high
+    return None if any(bool(t.isnan().any()) for t in total) else total
 
 
 @handles("aten.masked_fill.Scalar")

@@ -95,6 +95,16 @@ def test_explicit_pairs(law: Any) -> None:
     assert law(Model(run, rows=rows, columns=columns), u=(3, 4), x=(2, 4)).moved()
 
 
+def test_explicit_pairs_listed_in_forward(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        t = torch.cat([x, u], 1)
+        rows, columns = torch.triu_indices(5, 5, 1)
+        return ((t @ m.w)[:, rows] * t[:, columns]).flatten(1).tanh() @ m.out
+
+    before, after = law(Model(run, w=parameter(4, 4), out=parameter(40, 2)), u=(3, 4), x=(2, 4)).flops()
+    assert after <= before - 2 * 9 * (3 * 4 * 4 + 3 * 4 * 2)
+
+
 def test_bilinear_pairs(law: Any) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
         t = torch.cat([u, x], 1)

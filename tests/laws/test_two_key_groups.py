@@ -176,6 +176,50 @@ def test_declines_a_mask_that_may_let_the_target_through(law: Any, name: str) ->
     assert aten.softmax.int not in found.moved()
 
 
+def floats(mask: Tensor, number: float) -> Tensor:
+    return torch.zeros_like(mask, dtype=torch.float64).masked_fill(mask, number)
+
+
+@pytest.mark.parametrize("how", ["fused", "added", "twice", "layer"])
+def test_padding_added_to_order(law: Any, how: str) -> None:
+    """A sum of two masks of numbers: what either bans is banned, as in nn.TransformerEncoderLayer."""
+
+    def run(m: Model, u: Tensor, u_pad: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        pad = torch.cat([u_pad, torch.zeros_like(u_pad[:, :1])], 1)
+        if how == "layer":
+            return m.layer(h, src_mask=m.later, src_key_padding_mask=pad)
+        mask = floats(m.later, LOW["inf"]) + floats(pad, LOW["inf"]).unsqueeze(1)
+        if how == "fused":
+            return F.scaled_dot_product_attention(h, h, h, attn_mask=mask)
+        scores = h @ h.transpose(1, 2)
+        scores = scores + mask if how == "added" else scores + 2 * (mask - floats(m.later, 3.0))
+        return scores.softmax(-1) @ h
+
+    encoder = nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True)
+    blind = how == "fused"  # elsewhere a row that sees nothing is not a number
+    draw = (lambda n: torch.rand(n, 3) < 0.5) if blind else (lambda n: torch.rand(n, 3) * torch.arange(3) > 0.5)
+    found = law(Model(run, later=~causal(4), layer=encoder), u=(3, 4), u_pad=draw, x=(1, 4))
+    assert {aten.softmax.int, aten.scaled_dot_product_attention.default} & set(found.moved())
+
+
+@pytest.mark.parametrize(("order", "padding"), [(-1e9, 1e9), (-1e9, -1e9), (-1.0, float("-inf"))])
+def test_declines_a_sum_that_may_let_the_target_through(law: Any, order: float, padding: float) -> None:
+    """What is low may be made up for; a row may see only what is low; or it is not low."""
+
+    def run(m: Model, u: Tensor, u_pad: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([u, x], 1)
+        pad = torch.cat([u_pad & (padding < 0), u_pad[:, :1]], 1)  # scores are rounded where 1e9 is added
+        masks = {"attn_mask": floats(m.later, order), "key_padding_mask": floats(pad, padding)}
+        return m.attention(h, h, h, need_weights=False, **masks)[0]
+
+    attention = nn.MultiheadAttention(4, 2, batch_first=True)
+    found = law(
+        Model(run, later=~causal(4), attention=attention), u=(3, 4), u_pad=lambda n: torch.rand(n, 3) < 0.4, x=(1, 4)
+    )
+    assert aten.scaled_dot_product_attention.default not in found.moved()
+
+
 def test_low_numbers_that_are_no_mask(law: Any) -> None:
     """-2e8 added where no softmax follows is a number like any other."""
     law(Model(lambda m, u, x: (x + m.low) - m.low + u, low=torch.full((4,), -2e8)), u=(4,), x=(4,))

@@ -71,6 +71,21 @@ CASES = {
         "reshape_default = reshape(w, [-1])\nreshape_default_1 = reshape(to, [-1])\n"
         "index_select_default = index_select(reshape_default, 0, reshape_default_1)",
     ),
+    "a view as another is one of numbers": (
+        lambda m, u, x: u.view_as(x.reshape(-1, 2, 2)) + 1,
+        "reshape_default = reshape(u, [-1, 2, 2])\nadd = add(reshape_default, 1)",
+    ),
+    "a view of two unknown sizes stays": (
+        lambda m, u, x: (u @ u.t()).view_as(x @ x.t()).sum(1, keepdim=True) + u,
+        "view_as = view_as(matmul, matmul_1)",
+    ),
+    "an expand as another keeps the batch": (
+        lambda m, u, x: u[:, :1].expand_as(x) + 1,
+        "expand_default = expand(slice_2, [-1, 4])",
+    ),
+    "an expand of a row to the batch stays": (lambda m, u, x: m.w[:1].expand_as(x) + u, "expand_as(slice_1, x)"),
+    "a cast as another": (lambda m, u, x: (u > 0).type_as(x) + 1, "to_dtype = to.dtype(gt, torch.float32)"),
+    "a cast as another of the same dtype": (lambda m, u, x: (u * 2).type_as(x) + 1, "add = add(mul, 1)"),
     "a draw nobody reads stays": (lambda m, u, x: (torch.rand(3), u + x)[1], "rand = rand([3])"),
 }
 
