@@ -127,12 +127,13 @@ def test_a_debugger_stays_attached() -> None:
     def tracer(frame: Any, event: str, arg: Any) -> None:
         seen.append(event)
 
+    before = sys.gettrace()
     sys.settrace(tracer)
     try:
         rewritten(Guards().double())
         assert sys.gettrace() is tracer
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
 
 
 class Clip(torch.autograd.Function):

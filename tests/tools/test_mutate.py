@@ -38,6 +38,8 @@ FILES = {
     "passes/__init__.py": "",
     "passes/larger.py": CODE,
     "tests/passes/test_one.py": """
+        import sys
+
         import pytest
         from passes.larger import larger
 
@@ -46,7 +48,7 @@ FILES = {
             assert larger(a, 1)
 
         def test_of_something_else():
-            pass
+            sys.settrace(None)
 
         def test_that_fails():
             assert larger(0, 1)

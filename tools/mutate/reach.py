@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -124,10 +125,11 @@ class Watch:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
         self.measured.switch_context(item.nodeid)
-        began = time.perf_counter()
+        began, tracer = time.perf_counter(), sys.gettrace()
         try:
             return (yield)
         finally:
+            sys.settrace(tracer)  # a test that leaves another hides what all later ones run
             self.seconds[item.nodeid] = time.perf_counter() - began
             self.measured.switch_context("")
 
