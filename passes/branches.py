@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Node
 
+from passes.drawn import drawn_order, draws
 from passes.functionalize import keeps
 from passes.normalize import normalize
 from roo_rewrite.branches import MOST, Place
@@ -221,6 +222,7 @@ def _same(general: Captured, choice: Iterable[int], alike: dict[int, list[Place]
         all(_total(n) and _no_gradient(n, mine, theirs) for n in extra)
         and all(mine[known[place]] == others[condition] for place, condition in asked.items())
         and [mine[n] for n in mine if _acts(n)] == [others[n] for n in others if _acts(n)]
+        and _orders(mine) == _orders(others)
         and _results(general, mine) == _results(other, others)
         and (general.out_values, general.out_tree) == (other.out_values, other.out_tree)
         and general.accepts == other.accepts
@@ -229,6 +231,11 @@ def _same(general: Captured, choice: Iterable[int], alike: dict[int, list[Place]
 
 def _acts(node: Node) -> bool:
     return node.op == "call_function" and keeps(node)
+
+
+def _orders(nodes: Iterable[Node]) -> list[list[int] | None]:
+    """In what order each draw goes through its operand: in another one, equal seeds give other masks."""
+    return [drawn_order(n) for n in nodes if draws(n)]
 
 
 def _total(node: Node) -> bool:

@@ -25,7 +25,7 @@ aten = torch.ops.aten
 def in_order(graph: Graph) -> None:
     """Puts the operands of random ops in the traced order, in place."""
     for node in list(graph.nodes):
-        order = _order(node)
+        order = drawn_order(node)
         if order is None:
             continue
         x = node.all_input_nodes[0]
@@ -58,7 +58,7 @@ def draws(node: Node) -> bool:
     return not (named.get("train") is False or named.get("p") == 0)
 
 
-def _order(node: Node) -> list[int] | None:
+def drawn_order(node: Node) -> list[int] | None:
     """The dims of what is drawn, outermost first; None where nothing is drawn over an operand of the same shape."""
     value = node.meta.get("val")
     operands = node.all_input_nodes

@@ -29,6 +29,7 @@ from roo_rewrite.inputs import Inputs
 from roo_rewrite.kept import Masked, settled
 from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
+from roo_rewrite.lifted import unlifted
 from roo_rewrite.methods import Leaf, Unfit, confirm, failed_in, named
 from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.packed import padded_sequences
@@ -286,7 +287,7 @@ def _export(
     if not strict:
         same_way(run, trace)
         out_values, out_tree = adapter.returned
-    graph, constants = _unlifted(program)
+    graph, constants = unlifted(program, model)
     settled_buffers(graph, numbers.read)
     if drawn and (sites or draws.count != drawn or not drop_unread(graph)):
         raise CaptureError(DRAWS)
@@ -334,27 +335,6 @@ def _observe(
             site.batches = (batch, second)
             if site.called:
                 confirm(site, (fresh, model))
-
-
-def _unlifted(program: torch.export.ExportedProgram) -> tuple[torch.fx.Graph, dict[str, Tensor]]:
-    """The exported graph with parameters and buffers as get_attr of the model, constants under `_roo`."""
-    signature = program.graph_signature
-    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    tensors = dict(signature.inputs_to_lifted_tensor_constants)
-    graph, constants = torch.fx.Graph(), dict[str, Tensor]()
-    copies: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in program.graph_module.graph.nodes:
-        if node.op == "placeholder" and node.name in named:
-            copies[node] = graph.get_attr(named[node.name].removeprefix("model."))
-            copies[node].meta = dict(node.meta)
-        elif node.op == "placeholder" and node.name in tensors:
-            key = f"constant_{len(constants)}"
-            constants[key] = program.constants[tensors[node.name]].detach()
-            copies[node] = graph.get_attr(f"_roo.{key}")
-            copies[node].meta = dict(node.meta)
-        else:
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-    return graph, constants
 
 
 def _batch_symbols(

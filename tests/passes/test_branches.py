@@ -146,6 +146,14 @@ def _many_values(m: Any, u: Tensor, x: Tensor) -> Tensor:
     return x
 
 
+def _laid_out_anew(m: Any, u: Tensor, x: Tensor) -> Tensor:
+    none = (u > 0).all(1)
+    y = (u.unsqueeze(2) * x.unsqueeze(1)).transpose(1, 2)
+    if none.any():
+        y = y.masked_fill(none.view(-1, 1, 1), 0.0)
+    return F.dropout(y, 0.5, True)
+
+
 def _early(m: Any, u: Tensor, x: Tensor) -> Any:
     rows = u > 0
     if not rows.any():
@@ -167,6 +175,7 @@ def _early(m: Any, u: Tensor, x: Tensor) -> Any:
         _divided,
         _drawn,
         _many_values,
+        _laid_out_anew,
         _early,
     ],
 )
