@@ -16,6 +16,7 @@ and stay at impression level.
 from __future__ import annotations
 
 import operator
+import sys
 from typing import Any
 
 import torch
@@ -190,9 +191,11 @@ def _new_contents(graph: Graph, node: Node, target: Node) -> Node | None:
     value, args = target.meta["val"], node.args
     match _name(node):
         case "copy_":
-            widened = _call(graph, aten.expand_as.default, (args[1], target), {}, target)
             source = args[1].meta["val"] if isinstance(args[1], Node) else value
-            same = widened if source.dtype == value.dtype else _cast(graph, widened, value.dtype, target)
+            wide: Any = args[1]
+            if [str(n) for n in source.shape] != [str(n) for n in value.shape] or not isinstance(wide, Node):
+                wide = _call(graph, aten.expand_as.default, (wide, target), {}, target)
+            same = wide if source.dtype == value.dtype else _cast(graph, wide, value.dtype, target)
             return _call(graph, aten.clone.default, (same,), {}, target)
         case "zero_":
             return _call(graph, aten.zeros_like.default, (target,), {}, target)
@@ -233,6 +236,8 @@ def _inverse(graph: Graph, view: Node, new: Node, x: Node) -> Node | None:
     args = view.args
     match str(view.target):
         case "aten.slice.Tensor":
+            if _is_whole(x, *args[1:]):
+                return new
             return _scattered(graph, aten.slice_scatter.default, x, new, *args[1:])
         case "aten.select.int":
             return _scattered(graph, aten.select_scatter.default, x, new, *args[1:])
@@ -265,6 +270,13 @@ def _inverse(graph: Graph, view: Node, new: Node, x: Node) -> Node | None:
         case _ if view.target is operator.getitem:
             return _unsplit(graph, view, new, x)
     return None
+
+
+def _is_whole(x: Node, dim: Any = 0, start: Any = None, end: Any = None, step: Any = 1) -> bool:
+    """Whether a slice is all of its dim, `x[:]`."""
+    size = x.meta["val"].shape[dim]
+    to_the_end = end is None or (isinstance(end, int) and end >= (size if isinstance(size, int) else sys.maxsize))
+    return to_the_end and start in (None, 0) and step == 1
 
 
 def _has_history(x: Node) -> bool:

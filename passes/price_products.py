@@ -18,8 +18,9 @@ from passes.price import Price
 from passes.split import Splitter
 from roo_rewrite.cost import is_view
 
-# All six models of grids that were timed took longer in parts than the parts are priced at (docs/speed.md).
-_PARTS = 1.15
+# Grids that were timed took longer in parts than the parts are priced at, and longer still with their gradients
+# (docs/speed.md).
+_PARTS, _TRAINED = 1.15, 1.3
 
 
 def pays(s: Splitter, what: str, whole: Form, parts: Form, built: int) -> bool:
@@ -30,7 +31,7 @@ def pays(s: Splitter, what: str, whole: Form, parts: Form, built: int) -> bool:
         after += (len(parts.terms) - 1) * s.price.move(parts.shape)
     else:
         after += s.price.joined(parts)
-    return s.take(what, before, _PARTS * after)
+    return s.take(what, before, (_TRAINED if s.captured.model.training else _PARTS) * after)
 
 
 def _behind(form: Form, new: set[Node]) -> Iterator[Node]:

@@ -211,6 +211,6 @@ def expand_as(s: Splitter, app: Application) -> Form | None:
     if x.ndim != len(shape):
         return None
     grown = [d for d in range(len(shape)) if not same_size(shape[d], x.shape[d])]
-    if not grown or any(not is_static(shape[d]) for d in grown):
+    if any(not is_static(shape[d]) for d in grown):
         return None
-    return Expanded(x.form if isinstance(x, Expanded) else x, shape)
+    return Expanded(x.form if isinstance(x, Expanded) else x, shape) if grown else x

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 Emit = Callable[[Form, Form], Form]
 _LETTERS = "abcdefgh"
 _ONES = "STUVWXYZ"
-_MANY = 4
+_MANY = 2
 
 
 def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
@@ -206,8 +206,15 @@ def _grouped(
 
 
 def _joined(s: Splitter, form: Form, dim: int) -> Form:
-    """Blocks along `dim` of one side, as one tensor."""
-    return Whole(s.builder.whole(form)) if isinstance(form, Blocks) and form.dim == dim else form
+    """Blocks along `dim` of one side, as one tensor; transposes as the transpose of what they show, joined."""
+    if not isinstance(form, Blocks) or form.dim != dim:
+        return form
+    sources = [_transposed(p.node) if isinstance(p, Whole) else None for p in form.parts]
+    shown = [n for n in sources if n is not None]
+    if len(shown) < len(sources) or dim < form.ndim - 2:
+        return Whole(s.builder.whole(form))
+    joined = s.builder.cat(shown, 2 * form.ndim - 3 - dim)
+    return Whole(s.builder.call(aten.transpose.int, joined, -2, -1))
 
 
 def _by_side(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str], cut: str, emit: Emit) -> Form | None:
