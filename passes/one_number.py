@@ -26,7 +26,7 @@ from roo_rewrite.facts import AUTOCAST, EFFECT
 from roo_rewrite.guards import BATCH
 
 aten = torch.ops.aten
-_NUMBERS: dict[Any, Callable[[Node], Any]] = {
+NUMBERS: dict[Any, Callable[[Node], Any]] = {
     **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), lambda n: 1),
     **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), lambda n: 0),
     **dict.fromkeys((aten.full.default, aten.full_like.default), lambda n: n.args[1]),
@@ -81,25 +81,28 @@ def _made(captured: Captured, node: Node, small: dict[Node, Node | None]) -> Nod
         return None
     if any(node in mutated(u) for u in node.users):
         return None
-    if node.target in _NUMBERS:
-        number = _NUMBERS[node.target](node)
+    if node.target in NUMBERS:
+        number = NUMBERS[node.target](node)
         made = None if isinstance(number, Node) else ([1] * value.ndim, number)
-        return made and _put(captured, node, aten.full.default, made, {"dtype": value.dtype, "device": value.device})
+        return made and put(captured, node, aten.full.default, made, {"dtype": value.dtype, "device": value.device})
     if not _pointwise(node) and node.target not in _CASTS:
         return None
     operands = {n: _small(captured, n, small) for n in node.all_input_nodes}
     if not operands or any(made is None for made in operands.values()):
         return None
-    return _put(captured, node, node.target, *torch.fx.map_arg((node.args, node.kwargs), lambda n: operands[n]))
+    return put(captured, node, node.target, *torch.fx.map_arg((node.args, node.kwargs), lambda n: operands[n]))
 
 
-def _put(captured: Captured, node: Node, target: Any, args: Any, kwargs: Any) -> Node:
+def put(captured: Captured, node: Node, target: Any, args: Any, kwargs: Any) -> Node:
     """A call beside `node`, in its name."""
     with captured.graph.inserting_before(node):
         made = captured.graph.call_function(target, tuple(args), kwargs)
     value = traced(target, *torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"]))
     mode = node.meta["val"].fake_mode
-    made.meta = {**node.meta, "val": value if isinstance(value, FakeTensor) else mode.from_tensor(value)}
+    made.meta = {
+        **node.meta,
+        "val": value if isinstance(value, FakeTensor) else mode.from_tensor(value, static_shapes=True),
+    }
     return made
 
 

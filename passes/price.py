@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from passes.forms import Blocks, Form, Whole, hint, numel
-from roo_rewrite.cost import NOMINAL_IMPRESSIONS, Device, runs
+from roo_rewrite.cost import NOMINAL_IMPRESSIONS, Device, cost, runs, time
 from roo_rewrite.facts import Provenance
 
 _ELEMENT = 4
@@ -112,6 +112,12 @@ class Price:
     def start(self, ops: int) -> float:
         """Time to start `ops` more ops."""
         return ops * self.device.start_ns
+
+    def together(self, graph: Graph) -> float:
+        """Time of all nodes of a graph at the impressions' rows."""
+        calls = [n for n in graph.nodes if n.op == "call_function" and cost(n).bytes]
+        scale = NOMINAL_IMPRESSIONS / self.batch
+        return sum(scale * time(n, self.device) for n in calls) + self.start(len(calls))
 
     def take(self, what: str, before: float, after: float, where: str = "") -> bool:
         """Whether a split pays, or costs as much but for what a price is off by; it is written down either way.

@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -120,12 +120,21 @@ def split(
 ) -> Split:
     """Splits the annotated graph of `captured` in place; annotate it again afterwards.
 
+    At fan-out 1 every node runs as often as before, so the graph is kept as it is unless all of it gets faster.
     otherwise: keys of candidates to decide the other way.
     """
     _load()
     splitter = Splitter(captured, Price(device_of(captured), fanout, captured.batch, mode, otherwise))
     if mode != "never":
-        captured.graph = splitter.run()
+        found = splitter.run()
+        if (
+            mode == "priced"
+            and fanout <= 1
+            and splitter.price.together(found) >= splitter.price.together(captured.graph)
+        ):
+            splitter.price.candidates = [replace(c, taken=False) for c in splitter.price.candidates]
+        else:
+            captured.graph = found
     return Split(splitter.price.candidates, splitter.unmasked)
 
 

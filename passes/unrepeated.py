@@ -6,7 +6,8 @@
     masked_fill(scores: [B, T, T], e, -inf)
 
 Row by row it is the same: f(x, repeat(c)) = f(x, c), f pointwise, where x alone gives the result its shape. So a mask
-repeated for heads that lie before the batch does not say that they lie behind it.
+repeated for heads that lie before the batch does not say that they lie behind it. One number in the shape of the batch
+is such a value, and a linear map of one is one: linear(repeat(c), W) = repeat(linear(c, W)).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from passes.drawn import draws
-from passes.functionalize import is_effect
+from passes.functionalize import is_effect, mutated
+from passes.one_number import NUMBERS, put
 from passes.traced import traced
 from roo_rewrite.capture import Captured
 from roo_rewrite.errors import NotRowWise
@@ -37,6 +39,10 @@ def unrepeated(captured: Captured) -> None:
             source = _repeated(captured, node)
             if source is not None:
                 small[node] = source
+        elif node.target in NUMBERS:
+            _number(captured, node, small)
+        elif node.target is aten.linear.default:
+            _linear(captured, node, small)
         elif torch.Tag.pointwise in node.target.tags and not draws(node) and not node.target._schema.is_mutable:
             _pointwise(captured, node, small)
 
@@ -52,6 +58,28 @@ def _repeated(captured: Captured, node: Node) -> Node | None:
     return None if grown else x
 
 
+def _number(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
+    """One number in the shape of the batch: with size 1 there."""
+    value, number, shape = node.meta["val"], NUMBERS[node.target](node), _shape(captured, node)
+    batched = [s.has(BATCH) for s in shape]
+    known = all(b or isinstance(n, int) for b, n in zip(batched, value.shape))
+    if any(batched) and known and not isinstance(number, Node) and not any(node in mutated(u) for u in node.users):
+        sizes = [1 if b else n for b, n in zip(batched, value.shape)]
+        kind = {"dtype": value.dtype, "device": value.device}
+        small[node] = put(captured, node, aten.full.default, (sizes, number), kind)
+
+
+def _linear(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
+    """A linear map of a repeated value by weights without a batch."""
+    x, *weights = node.all_input_nodes
+    if x not in small or x is not node.args[0] or any(s.has(BATCH) for w in weights for s in _shape(captured, w)):
+        return
+    value = _unrepeated_value(node, small)
+    if value is None or value.ndim != node.meta["val"].ndim or value.shape[-1] != node.meta["val"].shape[-1]:
+        return
+    _once(captured, node, value, small)
+
+
 def _pointwise(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
     operands = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
     value = _unrepeated_value(node, small) if any(n in small for n in operands) else None
@@ -62,10 +90,15 @@ def _pointwise(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
             if n in small:
                 node.replace_input_with(n, small[n])
     elif all(n in small for n in operands):
-        with captured.graph.inserting_before(node):
-            made = captured.graph.node_copy(node, lambda n: small.get(n, n))
-        made.meta = {**node.meta, "val": value}
-        small[node] = made
+        _once(captured, node, value, small)
+
+
+def _once(captured: Captured, node: Node, value: Tensor, small: dict[Node, Node]) -> None:
+    """The op on the values as they were before, beside the op itself."""
+    with captured.graph.inserting_before(node):
+        made = captured.graph.node_copy(node, lambda n: small.get(n, n))
+    made.meta = {**node.meta, "val": value}
+    small[node] = made
 
 
 def _unrepeated_value(node: Node, small: dict[Node, Node]) -> Tensor | None:

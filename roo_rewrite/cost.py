@@ -18,6 +18,7 @@ from torch._ops import OpOverload
 from torch.fx import Node
 
 from roo_rewrite.capture import Captured
+from roo_rewrite.rules.matmul import spelled_out
 
 aten = torch.ops.aten
 
@@ -220,7 +221,9 @@ def flops(node: Node) -> float:
             return 2.0 * out * (shapes[0][-1] if shapes[0] else 1)
         case aten.addmm.default | aten.baddbmm.default:
             return 2.0 * out * shapes[1][-1]
-        case aten.einsum.default | aten.tensordot.default:
+        case aten.einsum.default:
+            return _of_letters(str(node.args[0]), shapes)
+        case aten.tensordot.default:
             return 2.0 * math.sqrt(float(out) * math.prod(math.prod(s) for s in shapes))
         case aten.conv1d.default | aten.conv2d.default:
             return 2.0 * out * math.prod(shapes[1][1:])
@@ -234,3 +237,15 @@ def flops(node: Node) -> float:
             return 0.0
         case _:
             return float(out)
+
+
+def _of_letters(equation: str, shapes: list[list[int]]) -> float:
+    """FLOPs of an einsum, its operands taken one after the other as torch does: a letter counts once a product."""
+    left, result = spelled_out(equation, [len(s) for s in shapes]).split("->")
+    names = left.split(",")
+    size = {c: n for letters, shape in zip(names, shapes) for c, n in zip(letters, shape) if n != 1}
+    made, total = names[0], 0.0
+    for i, letters in enumerate(names[1:], 2):
+        total += 2.0 * math.prod(size.get(c, 1) for c in {*made, *letters})
+        made = "".join(c for c in {*made, *letters} if c in result or any(c in later for later in names[i:]))
+    return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from passes.partition import partition
 from passes.price import Candidate, Price
 from passes.split import split
 from roo_rewrite.capture import Captured
-from roo_rewrite.cost import CPU, CUDA, runs, time
+from roo_rewrite.cost import CPU, CUDA, flops, runs, time
 from roo_rewrite.facts import Provenance
 
 Function = Callable[..., Any]
@@ -108,6 +109,48 @@ def test_a_product_is_priced_by_its_flops_and_what_it_moves(captured: Function) 
     slow, fast = (replace(CPU, product_bytes_per_ns=rate) for rate in (1.0, 100.0))
     assert time(product, slow) > time(product, fast)
     assert time(tanh, slow) == time(tanh, fast)
+
+
+EINSUMS = {
+    "bi,ij->bj": [("bij", 1)],
+    "bi,bj->bij": [("bij", 1)],
+    "bfd,bgd,fg->b": [("bfgd", 1), ("bfg", 1)],
+    "bi,bi,bi->b": [("bi", 2)],
+    "...i,ij": [("bij", 1)],
+    "bi->b": [],
+}
+
+
+@pytest.mark.parametrize("equation", EINSUMS)
+def test_a_letter_counts_once_in_a_product(equation: str) -> None:
+    sizes = {"b": 7, "i": 3, "j": 5, "f": 2, "g": 4, "d": 6}
+    graph = torch.fx.Graph()
+    operands = []
+    for k, letters in enumerate(equation.replace("...", "b").split("->")[0].split(",")):
+        operands.append(graph.placeholder(f"x{k}"))
+        operands[-1].meta["val"] = torch.empty([sizes[c] for c in letters])
+    node = graph.call_function(torch.ops.aten.einsum.default, (equation, operands))
+    node.meta["val"] = torch.einsum(equation, *(n.meta["val"] for n in operands))
+    expected = sum(2 * times * math.prod(sizes[c] for c in letters) for letters, times in EINSUMS[equation])
+    assert flops(node) == expected
+
+
+def test_at_fan_out_1_the_graph_stays_unless_all_of_it_gets_faster(captured: Function) -> None:
+    def spreads(m: Any, u: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([u, x], 1).var(1)
+
+    def repeats(m: Any, u: Tensor, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear((u + x).unsqueeze(1).expand(-1, 50, -1), m.w).tanh().sum(1)
+
+    for function, kept in ((spreads, True), (repeats, False)):
+        trace = annotated(captured, function)
+        before = trace.graph
+        assert not any(c.taken for c in split(trace, 1.0).candidates) or not kept
+        assert (trace.graph is before) is kept
+        trace = annotated(captured, function)
+        before = trace.graph
+        split(trace, 2.0)
+        assert trace.graph is not before
 
 
 def test_a_transposed_value_crosses_as_it_lies_in_memory(captured: Function) -> None:

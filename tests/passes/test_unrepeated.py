@@ -28,6 +28,27 @@ def tiled_twice(m: Any, u: Tensor, x: Tensor) -> Tensor:
     return torch.cat([u, u]) * m.w[:1].repeat(2 * u.shape[0], 1) + torch.cat([x, x])
 
 
+def mapped(m: Any, u: Tensor, x: Tensor) -> Tensor:
+    gate = nn.functional.linear(nn.functional.linear(torch.full_like(u, 0.5), m.w, m.w[0]).tanh(), m.w)
+    return u * gate.sigmoid() * m.w[:1].expand(u.shape[0], 4) + x
+
+
+def test_a_linear_map_of_one_number_runs_once(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(mapped)
+    normalize(trace)
+    trace.graph.eliminate_dead_code()
+    maps = [n for n in trace.graph.nodes if n.target is aten.linear.default]
+    assert [tuple(n.meta["val"].shape) for n in maps] == [(1, 4), (1, 4)]
+
+
+def test_a_linear_map_that_is_read_whole_stays(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(lambda m, u, x: torch.cat([nn.functional.linear(torch.ones_like(u), m.w), x], 1).cumsum(0))
+    normalize(trace)
+    trace.graph.eliminate_dead_code()
+    maps = [n for n in trace.graph.nodes if n.target is aten.linear.default]
+    assert [isinstance(n.meta["val"].shape[0], int) for n in maps] == [False]
+
+
 FALLS = {"a mask of one row": mask_of_one_row, "a weight": expanded, "for two blocks of rows": tiled_twice}
 STAYS: dict[str, Callable[..., Tensor]] = {
     "alone gives the shape": lambda m, u, x: (m.w[:1].repeat(u.shape[0], 1) + 1) @ m.w + u + x,
@@ -65,7 +86,8 @@ FILLED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "full_like": (lambda u: torch.full_like(u[:1], 3.0), True),
     "new_ones": (lambda u: u.new_ones(4), True),
     "new_full": (lambda u: u.new_full((1, 4), 2.0), True),
-    "of every row": (lambda u: torch.ones_like(u), False),
+    "of every row": (lambda u: torch.ones_like(u), True),
+    "read whole": (lambda u: torch.ones_like(u).cumsum(0), False),
     "filled with a size": (lambda u: torch.full_like(u[0], u.shape[0]), False),
     "not filled": (lambda u: torch.rand_like(u[0]), False),
 }
