@@ -75,9 +75,9 @@ def _linear(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
     if x not in small or x is not node.args[0] or any(s.has(BATCH) for w in weights for s in _shape(captured, w)):
         return
     value = _unrepeated_value(node, small)
-    if value is None or value.ndim != node.meta["val"].ndim or value.shape[-1] != node.meta["val"].shape[-1]:
-        return
-    _once(captured, node, value, small)
+    full = node.meta["val"]
+    if value is not None and (value.ndim, value.shape[-1], value.dtype) == (full.ndim, full.shape[-1], full.dtype):
+        _once(captured, node, value, small)
 
 
 def _pointwise(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
