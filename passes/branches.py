@@ -241,8 +241,7 @@ def _orders(nodes: Iterable[Node]) -> list[list[int] | None]:
 def _total(node: Node) -> bool:
     """Whether an op raises on no values of its operands."""
     if node.target is not aten.index_put.default:
-        known = _name(node) in _TOTAL or getattr(node.target, "__module__", "") == "_operator"
-        return known or node.target is getattr  # the device of a value
+        return _name(node) in _TOTAL or getattr(node.target, "__module__", "") == "_operator"
     base, indices, value = (node.args[0], node.args[1], node.args[2])
     masks = [i.meta["val"] for i in indices if isinstance(i, Node)]  # type: ignore[union-attr]
     one = isinstance(base, Node) and isinstance(value, Node) and value.meta["val"].numel() == 1

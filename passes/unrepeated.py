@@ -6,8 +6,8 @@
     masked_fill(scores: [B, T, T], e, -inf)
 
 Row by row it is the same: f(x, repeat(c)) = f(x, c), f pointwise, where x alone gives the result its shape. So a mask
-repeated for heads that lie before the batch does not say that they lie behind it. One number in the shape of the batch
-is such a value, and a linear map of one is one: linear(repeat(c), W) = repeat(linear(c, W)).
+repeated for heads that lie before the batch does not say that they lie behind it. A linear
+map of such a value, or of one number in the shape of the batch, is one: linear(repeat(c), W) = repeat(linear(c, W)).
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def unrepeated(captured: Captured) -> None:
             source = _repeated(captured, node)
             if source is not None:
                 small[node] = source
-        elif node.target in NUMBERS:
-            _number(captured, node, small)
         elif node.target is aten.linear.default:
-            _linear(captured, node, small)
+            found = _linear(captured, node, small)
+            if found is not None:
+                small[node] = found
         elif torch.Tag.pointwise in node.target.tags and not draws(node) and not node.target._schema.is_mutable:
             _pointwise(captured, node, small)
 
@@ -58,26 +58,32 @@ def _repeated(captured: Captured, node: Node) -> Node | None:
     return None if grown else x
 
 
-def _number(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
-    """One number in the shape of the batch: with size 1 there."""
-    value, number, shape = node.meta["val"], NUMBERS[node.target](node), _shape(captured, node)
-    batched = [s.has(BATCH) for s in shape]
-    known = all(b or isinstance(n, int) for b, n in zip(batched, value.shape))
-    if any(batched) and known and not isinstance(number, Node) and not any(node in mutated(u) for u in node.users):
-        sizes = [1 if b else n for b, n in zip(batched, value.shape)]
-        kind = {"dtype": value.dtype, "device": value.device}
-        small[node] = put(captured, node, aten.full.default, (sizes, number), kind)
+def _number(captured: Captured, node: Node) -> Node | None:
+    """One number in the shape of the batch, with size 1 there."""
+    if node.target not in NUMBERS or any(node in mutated(u) for u in node.users):
+        return None
+    value, number, batched = (
+        node.meta["val"],
+        NUMBERS[node.target](node),
+        [s.has(BATCH) for s in _shape(captured, node)],
+    )
+    if isinstance(number, Node) or not all(b or isinstance(n, int) for b, n in zip(batched, value.shape)):
+        return None
+    sizes = [1 if b else n for b, n in zip(batched, value.shape)]
+    return put(captured, node, aten.full.default, (sizes, number), {"dtype": value.dtype, "device": value.device})
 
 
-def _linear(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
+def _linear(captured: Captured, node: Node, small: dict[Node, Node]) -> Node | None:
     """A linear map of a repeated value by weights without a batch."""
     x, *weights = node.all_input_nodes
-    if x not in small or x is not node.args[0] or any(s.has(BATCH) for w in weights for s in _shape(captured, w)):
-        return
-    value = _unrepeated_value(node, small)
-    full = node.meta["val"]
+    if x is not node.args[0] or any(s.has(BATCH) for w in weights for s in _shape(captured, w)):
+        return None
+    source = small.get(x) or _number(captured, x)
+    known = {} if source is None else {x: source}
+    value, full = _unrepeated_value(node, known) if known else None, node.meta["val"]
     if value is not None and (value.ndim, value.shape[-1], value.dtype) == (full.ndim, full.shape[-1], full.dtype):
-        _once(captured, node, value, small)
+        return _once(captured, node, value, known)
+    return None
 
 
 def _pointwise(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
@@ -90,15 +96,15 @@ def _pointwise(captured: Captured, node: Node, small: dict[Node, Node]) -> None:
             if n in small:
                 node.replace_input_with(n, small[n])
     elif all(n in small for n in operands):
-        _once(captured, node, value, small)
+        small[node] = _once(captured, node, value, small)
 
 
-def _once(captured: Captured, node: Node, value: Tensor, small: dict[Node, Node]) -> None:
+def _once(captured: Captured, node: Node, value: Tensor, small: dict[Node, Node]) -> Node:
     """The op on the values as they were before, beside the op itself."""
     with captured.graph.inserting_before(node):
         made = captured.graph.node_copy(node, lambda n: small.get(n, n))
     made.meta = {**node.meta, "val": value}
-    small[node] = made
+    return made
 
 
 def _unrepeated_value(node: Node, small: dict[Node, Node]) -> Tensor | None:

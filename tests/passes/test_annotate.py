@@ -39,7 +39,7 @@ def test_the_example_of_the_docstring(captured: Callable[..., Any]) -> None:
         (lambda m, u, x: u.t() @ x, "t", Rows(1)),
         (lambda m, u, x: u.reshape(-1, 2) + 1, "reshape", Rows(0, inner=2)),
         (lambda m, u, x: torch.stack([u, u]).reshape(-1, 4) + 1, "reshape", Rows(0, outer=2)),
-        (lambda m, u, x: torch.cat([torch.zeros(u.shape[0], 4), u], 1), "zeros", Rows(0)),
+        (lambda m, u, x: torch.zeros(u.shape[0], 4) + u, "zeros", Rows(0)),
     ],
 )
 def test_where_the_batch_goes(

@@ -86,8 +86,7 @@ FILLED: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "full_like": (lambda u: torch.full_like(u[:1], 3.0), True),
     "new_ones": (lambda u: u.new_ones(4), True),
     "new_full": (lambda u: u.new_full((1, 4), 2.0), True),
-    "of every row": (lambda u: torch.ones_like(u), True),
-    "read whole": (lambda u: torch.ones_like(u).cumsum(0), False),
+    "of every row": (lambda u: torch.ones_like(u), False),
     "filled with a size": (lambda u: torch.full_like(u[0], u.shape[0]), False),
     "not filled": (lambda u: torch.rand_like(u[0]), False),
 }
