@@ -67,7 +67,11 @@ def _number(captured: Captured, node: Node) -> Node | None:
         NUMBERS[node.target](node),
         [s.has(BATCH) for s in _shape(captured, node)],
     )
-    if isinstance(number, Node) or not all(b or isinstance(n, int) for b, n in zip(batched, value.shape)):
+    if (
+        isinstance(number, Node)
+        or not any(batched)
+        or not all(b or isinstance(n, int) for b, n in zip(batched, value.shape))
+    ):
         return None
     sizes = [1 if b else n for b, n in zip(batched, value.shape)]
     return put(captured, node, aten.full.default, (sizes, number), {"dtype": value.dtype, "device": value.device})
