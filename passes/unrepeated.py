@@ -62,16 +62,10 @@ def _number(captured: Captured, node: Node) -> Node | None:
     """One number in the shape of the batch, with size 1 there."""
     if node.target not in NUMBERS or any(node in mutated(u) for u in node.users):
         return None
-    value, number, batched = (
-        node.meta["val"],
-        NUMBERS[node.target](node),
-        [s.has(BATCH) for s in _shape(captured, node)],
-    )
-    if (
-        isinstance(number, Node)
-        or not any(batched)
-        or not all(b or isinstance(n, int) for b, n in zip(batched, value.shape))
-    ):
+    value, number = node.meta["val"], NUMBERS[node.target](node)
+    batched = [s.has(BATCH) for s in _shape(captured, node)]
+    known = any(batched) and all(b or isinstance(n, int) for b, n in zip(batched, value.shape))
+    if isinstance(number, Node) or not known:
         return None
     sizes = [1 if b else n for b, n in zip(batched, value.shape)]
     return put(captured, node, aten.full.default, (sizes, number), {"dtype": value.dtype, "device": value.device})
