@@ -52,14 +52,14 @@ def with_argsort(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) ->
 
 
 def with_inverse(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
-    order = torch.argsort(lengths)
+    order = torch.argsort(lengths, stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order))
     return model.state(steps[order].sum(1))[inverse]
 
 
 def of_both_sides(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
-    order = lengths.sort()[1]
+    order = lengths.sort(stable=True)[1]
     kept = model.state(steps[order]).tanh() * item[order].unsqueeze(1)
     return kept.sum(1)[order.sort()[1]]
 

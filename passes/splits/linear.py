@@ -211,8 +211,6 @@ def _multiply(s: Splitter, group: Group, back: int, bias: Node | None, emit: Emi
 def _weight(s: Splitter, atoms: Sequence[Atom]) -> Node:
     """The sum of the weight columns the atoms of one operand meet."""
     terms = tuple((a.coefficient, Picked(Whole(a.weight), 1, a.columns)) for a in atoms)
-    if len(terms) == 1 and terms[0][0] == 1:
-        return s.builder.whole(terms[0][1])
     shape = with_size(tuple(atoms[0].weight.meta["val"].shape), 1, len(atoms[0].columns))
     return s.builder.whole(Sum(terms, shape))
 

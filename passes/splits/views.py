@@ -118,16 +118,7 @@ def _filled_in(before: Sequence[Any], sizes: Sequence[Any]) -> tuple[Any, ...]:
     if -1 not in [v for v in sizes if is_static(v)]:
         return tuple(sizes)
     rest = _product([v for v in sizes if not (is_static(v) and v == -1)])
-    left = list(before)
-    # A batch size on both sides cancels; what is left is static.
-    if not is_static(rest):
-        batch = next((v for v in left if not is_static(v)), None)
-        if batch is not None and same_size(rest // batch * batch, rest):
-            left.remove(batch)
-            rest = rest // batch
-            rest = int(rest) if is_static(rest) or rest.node.expr.is_Integer else rest
-    whole = _product(left)
-    missing = whole // rest
+    missing = _product(before) // rest  # a batch size on both sides cancels
     if isinstance(missing, torch.SymInt) and missing.node.expr.is_Integer:
         missing = int(missing)
     return tuple(missing if is_static(v) and v == -1 else v for v in sizes)

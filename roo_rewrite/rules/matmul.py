@@ -129,7 +129,16 @@ def spelled_out(equation: str, ndims: list[int]) -> str:
     "aten.addmm.default",
     cases=[case("2", "B 3", "3 2"), case("B 2", "B 3", "3 2"), case("2", "3 B", "B 2", declines=True)],
 )
-@rule("aten.addbmm.default", cases=[case("2 4", "3 2 3", "3 3 4")])
+@rule(
+    "aten.addbmm.default",
+    cases=[
+        case("2 4", "3 2 3", "3 3 4"),
+        case("B 4", "3 B 2", "3 2 4"),
+        case("2 B", "3 2 4", "3 4 B"),
+        case("2 4", "B 2 3", "B 3 4", declines=True),
+        case("2 4", "3 2 B", "3 B 4", declines=True),
+    ],
+)
 @rule(
     "aten.baddbmm.default",
     cases=[case("B 2 4", "B 2 3", "B 3 4"), case("4", "B 2 3", "B 3 4"), case("1 2 4", "B 2 3", "B 3 4")],

@@ -141,6 +141,31 @@ def test_bags_with_sample_weights(rewritten_and_verified: Any) -> None:
     assert any("embedding_bag" in str(n.target) for n in made._whole_program().plan.request)
 
 
+class WeightedByItem(nn.Module):
+    """The ids of a request, and where they begin, cross to the impressions."""
+
+    def __init__(self, total: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.total = nn.Embedding(IDS, WIDTH), total
+
+    def forward(self, ids: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+        weights = self.table(item)[:, 0].repeat_interleave(lengths, 0, output_size=ids.shape[0])
+        ends = lengths.cumsum(0)
+        places = F.pad(ends, (1, 0)) if self.total else ends - lengths
+        bag = F.embedding_bag(
+            ids, self.table.weight, places, mode="sum", per_sample_weights=weights, include_last_offset=self.total
+        )
+        return bag.sum(1)
+
+
+@pytest.mark.parametrize("total", [True, False])
+def test_offsets_cross_with_and_without_the_total(total: bool, rewritten_and_verified: Any) -> None:
+    spec = roo.FeatureSpec(request=["ids", "lengths"], impression=["item"], jagged={"ids": "lengths"})
+    made = rewritten_and_verified(WeightedByItem(total).eval(), (*pair("lengths"), item()), spec=spec)
+    assert "jagged_select" in made.code
+
+
 def test_offsets_of_unequal_pairs_are_refused() -> None:
     spec = roo.FeatureSpec(["hist_*"], ["item"], jagged={"hist_values": "hist_rows"})
     model = Model(lambda w, v, o: F.embedding_bag(v, w, o)).eval()

@@ -90,6 +90,22 @@ def test_every_spelling_moves_the_linear_map(law: Any, spelling: str) -> None:
     assert torch.ops.aten.linear.default in found.moved()
 
 
+@pytest.mark.parametrize(
+    ("name", "correction", "apart"),
+    [("var", 0, True), ("std", 1, True), ("var_mean", 3, True), ("var", 9, False)],
+)
+def test_a_spread_is_made_of_those_of_each_side(law: Any, name: str, correction: int, apart: bool) -> None:
+    """Unless nothing is left to divide by."""
+
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        found = getattr(torch, name)(torch.cat([x[:, :2], u, x[:, 2:]], 1), 1, correction=correction)
+        return (found if isinstance(found, Tensor) else found[0] + 2 * found[1]).tanh()
+
+    found = law(Model(run), u=(5,), x=(4,))
+    assert (torch.ops.aten.mean.dim in found.moved()) is apart
+    assert (f"aten.{name}." not in found.code()) is apart
+
+
 def test_rows_of_zeros_keep_their_gradients(law: Any) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
         h = torch.cat([u * 0, x * 0], 1)

@@ -73,6 +73,15 @@ def test_a_linear_map_that_follows_moves(law: Any, name: str) -> None:
     assert torch.ops.aten.linear.default in found.moved()
 
 
+@pytest.mark.parametrize("name", ["repeat", "tile", "repeat_interleave"])
+def test_copies_of_a_row_are_multiplied_once(law: Any, name: str) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return F.linear(ALONG[name](m, torch.cat([x, u], 1).unsqueeze(1), 1), m.w).tanh()
+
+    found = law(Model(run, w=parameter(2, 7)), u=(5,), x=(2,))
+    assert found.flops()[1] == 2 * 2 * (3 * 5 + 12 * 2)
+
+
 def test_low_precision_is_as_good_as_the_original(law: Any) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
         return F.linear(F.pad(torch.cat([u, x], 1), (1, 2), value=0.3).roll(5, 1).repeat(1, 2), m.w)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import roo_rewrite as roo
+from passes.constants import evaluate
 from passes.normalize import normalize
 from roo_rewrite.capture import Captured
 from roo_rewrite.equivalence import draw_counts
@@ -50,6 +51,13 @@ def dynamic(trace: Captured) -> list[str]:
     masks = [n for n in trace.graph.nodes if str(n.target) == "aten.index.Tensor"]
     bools = [n.name for n in masks if any(i is not None and i.meta["val"].dtype == torch.bool for i in n.args[1])]
     return bools + [n.name for n in trace.graph.nodes if str(n.target) in DYNAMIC]
+
+
+@pytest.mark.parametrize(("entries", "known"), [(1 << 22, True), ((1 << 22) + 1, False)])
+def test_large_values_are_not_held(captured: Function, entries: int, known: bool) -> None:
+    trace, _ = captured(lambda m, u, x: x * torch.ones(entries, dtype=torch.bool).any())
+    (ones,) = trace.graph.find_nodes(op="call_function", target=torch.ops.aten.ones.default)
+    assert (evaluate(trace, ones) is not None) is known
 
 
 @pytest.mark.parametrize("name", PICKED)

@@ -14,13 +14,17 @@ import roo_rewrite as roo
 
 
 class Encoder(nn.Module):
-    """Two layers of attention over history and target. mask: None, or what each row sees."""
+    """Two layers of attention over history and target. mask: None, or what each row sees.
+
+    "by hand" ends in rows that are weighted alike for all: weights of an attention's size, which no mask is for.
+    """
 
     def __init__(self, spelling: str, mask: Tensor | None):
         super().__init__()
         torch.manual_seed(0)
         self.spelling, self.mask = spelling, mask
         self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.weights = nn.Parameter(torch.randn(9, 9)) if spelling == "by hand" else None
 
     def forward(self, user_history: Tensor, item: Tensor) -> Tensor:
         h = torch.cat([user_history, item.unsqueeze(1)], 1)
@@ -32,6 +36,8 @@ class Encoder(nn.Module):
                 scores = q @ q.transpose(1, 2)
                 scores = scores if self.mask is None else scores.masked_fill(~self.mask, float("-inf"))
                 h = q + scores.softmax(-1) @ q
+        if self.weights is not None:
+            h = self.weights.softmax(-1) @ h
         return h[:, -1].sum(1)
 
 
@@ -51,7 +57,7 @@ def test_the_figure_is_that_of_the_model_with_the_mask(spelling: str) -> None:
     (note,) = report(spelling, None, check=True).report.notes
     then, now = (float(n.replace(",", "")) for n in re.findall(r"([\d,]+) FLOPs|now ([\d,]+)", note) for n in n if n)
     assert now == pytest.approx(report(spelling, None).report.rewritten.flops, rel=0.01)
-    assert then == pytest.approx(report(spelling, APART).report.rewritten.flops, rel=0.05)
+    assert then == pytest.approx(report(spelling, APART).report.rewritten.flops, abs=0.51)
     assert then < 0.5 * now
 
 

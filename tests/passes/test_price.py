@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from passes.annotate import Policy, annotate
 from passes.forms import Blocks, Whole
@@ -53,6 +54,17 @@ def test_a_product_of_more_entries_takes_longer(device: Any) -> None:
         assert taken < price.product((100, columns), inner + 1, side)
         assert taken < price.product((100, columns + 1), inner, side)
         assert price.batched(100, inner, 4, columns) < price.batched(101, inner, 4, columns)
+
+
+def test_without_any_traffic_a_product_takes_its_flops() -> None:
+    free = float("inf")
+    price = priced(product_bytes_per_ns=free, matrix_bytes_per_ns=free, matrix_ns=0.0)
+    with FlopCounterMode(display=False) as counted:
+        torch.ones(3, 100, 5) @ torch.ones(3, 5, 7)
+    flops = counted.get_total_flops()
+    assert price.product((3, 100, 7), 5, Provenance.CONSTANT) == pytest.approx(flops / CPU.product_flops_per_ns)
+    assert price.batched(1, 300, 5, 7) == pytest.approx(flops / CPU.product_flops_per_ns)
+    assert price.batched(3, 100, 5, 7) == pytest.approx(flops / CPU.matrix_flops_per_ns)
 
 
 def test_a_product_of_few_columns_is_no_faster_than_what_it_moves() -> None:

@@ -208,6 +208,23 @@ def test_the_price_decides(captured: Function, fanout: float) -> None:
     assert all(c.gain > 1 for c in found.candidates if c.taken)
 
 
+def test_a_size_of_a_value_does_not_carry_it_out(captured: Function, printed: Callable[..., str]) -> None:
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return wide(m, x.tanh(), u.tanh()), torch.ones(x.shape[0], 2)
+
+    trace, inputs = captured(model)
+    normalize(trace)
+    size, *_ = trace.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    joined, *_ = trace.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    size.args = (joined, 0)
+    joined.append(size)
+    annotate(trace, inputs, trace.model, Policy())
+    before = trace.graph
+    split(trace, 16.0, "always")
+    same(trace, before, trace.graph)
+    assert "cat([tanh" not in printed(trace.graph)
+
+
 def test_a_second_handler_is_an_error() -> None:
     split_handlers = dict(HANDLERS)
     with pytest.raises(ValueError, match=r"aten\.cat\.default has a form handler already"):
