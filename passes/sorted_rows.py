@@ -142,7 +142,7 @@ def _sort(captured: Captured, node: Any) -> tuple[Node, bool] | None:
     given |= dict(zip(given, node.args)) | dict(node.kwargs)
     keys = given["self"]
     size = keys.meta["val"].shape
-    if len(size) != 1 or captured.expr(size[0]) != BATCH or given.get("dim") not in (0, -1):
+    if len(size) != 1 or captured.expr(size[0]) != BATCH:
         return None
     if node.target is not aten.topk.default:
         return keys, bool(given["descending"])

@@ -204,23 +204,34 @@ def test_marked_entries() -> None:
 
 
 class Joined(nn.Module):
-    """Everything comes in one row, and the length is cut out of it again."""
+    """Everything comes in one row, and what is marked is cut out of it again."""
 
-    def __init__(self, at: int) -> None:
+    def __init__(self, cut: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.net, self.at = nn.Linear(D, D), at
+        self.net, self.cut = nn.Linear(D, D), cut
 
     def forward(self, user: Tensor, item: Tensor) -> Tensor:
         row = torch.cat([user, item], 1)
-        mask = row[:, self.at : self.at + 1].squeeze(1) > 0
+        mask = self.cut(row).sum(1) > 0
         return put(mask, self.net(row[:, :D][mask]).tanh()).sum(1) * item.sum(1)
 
 
-@pytest.mark.parametrize("at", [D, D + 1])
-def test_a_mask_cut_out_of_a_joined_row_is_of_its_own_side(at: int) -> None:
-    model, spec = Joined(at).eval(), roo.FeatureSpec(request=["user"], impression=["item"])
+CUTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "of the user": (lambda row: row[:, D : D + 1], True),
+    "of the item": (lambda row: row[:, D + 1 : D + 2], False),
+    "of both": (lambda row: row[:, D : D + 2], False),
+    "of every other column": (lambda row: row[:, :D:2], False),
+    "of the row turned round": (lambda row: row.flip(1)[:, :1], False),
+    "of the middle of three": (lambda row: torch.cat([row[:, D + 1 :], row[:, :D], row], 1)[:, 3:5], True),
+}
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_mask_cut_out_of_a_joined_row_is_of_its_own_side(name: str) -> None:
+    cut, kept = CUTS[name]
+    model, spec = Joined(cut).eval(), roo.FeatureSpec(request=["user"], impression=["item"])
     rewritten = roo.rewrite(model, (torch.randn(ROWS, D + 1), torch.randn(ROWS, 3)), spec=spec, fanout=10)
     program = rewritten._whole_program()
     assert program.captured is not None
-    assert program.captured.kept is (at == D)
+    assert program.captured.kept is kept
     roo.verify(model, rewritten, batches=2)

@@ -103,7 +103,22 @@ def never_sorted(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) ->
     return (steps[order].sum(1))[order.argsort()] + steps.sum(1)[order.argsort()]
 
 
-@pytest.mark.parametrize("region", [another, downward, over_rows, with_unsorted, left_sorted, never_sorted])
+def accumulated(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    order = lengths.sort()[1]
+    one_less = torch.full_like(order, -1).index_put((order,), torch.arange(len(order)), accumulate=True)
+    return steps[order].sum(1)[one_less]
+
+
+def of_entries(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    entries = steps[..., 0].flatten()
+    order = entries.sort()[1]
+    return entries[order].view(-1, 5).cumsum(1).flatten()[order.argsort()].view(-1, 5)[:, :WIDTH]
+
+
+MATTERS = [another, downward, over_rows, with_unsorted, left_sorted, never_sorted, accumulated, of_entries]
+
+
+@pytest.mark.parametrize("region", MATTERS)
 def test_an_order_that_matters_stays(region: Region) -> None:
     model, made = rewritten(region)
     assert "sort" in made.code
