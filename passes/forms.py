@@ -132,6 +132,13 @@ class Lazy(Alike):
 
 
 @dataclass(frozen=True, eq=False)
+class Turned(Lazy):
+    """The last two of three dims of `source` in the other order."""
+
+    source: Form
+
+
+@dataclass(frozen=True, eq=False)
 class Scaled(Alike):
     """`inner * by`, broadcast: `by` has size 1 along `dim`, or is a constant with entries along `dim` alone."""
 

@@ -18,7 +18,7 @@ import torch
 from torch._ops import OpOverload
 from torch.fx import Node
 
-from passes.forms import Blocks, Form, Lazy, Picked, Scaled, Sum, Whole, dtype_of, is_static, with_size
+from passes.forms import Blocks, Form, Lazy, Picked, Scaled, Sum, Turned, Whole, dtype_of, is_static, with_size
 from passes.price import Price
 from passes.split import Application, Splitter, handles
 from passes.splits import outer, weighted
@@ -34,9 +34,14 @@ Emit = Callable[[Node, Node, Node | None], Node]
 @handles("aten.linear.default")
 def linear(s: Splitter, app: Application) -> Form | None:
     """x [..., K] with weight [N, K], x in blocks or terms over K."""
+    from passes.splits.columns import over_columns
+
     x, weight, bias = app.form("input"), app.form("weight"), app["bias"]
     if not isinstance(weight, Whole) or weight.ndim != 2 or not (bias is None or isinstance(bias, Whole)):
         return None
+    if isinstance(x, Turned):
+        made = over_columns(s, x.source, weight.node, None if bias is None else bias.node)
+        return None if made is None else s.op(aten.transpose.int, made, 1, 2)
     if not in_parts(x, x.ndim - 1):
         return None
     return product(s, x, x.ndim - 1, weight.node, None if bias is None else bias.node, aten.linear.default)
@@ -239,6 +244,7 @@ def tensordot(s: Splitter, app: Application) -> Form | None:
 @handles("aten.mm.default", "aten.matmul.default")
 def matmul(s: Splitter, app: Application) -> Form | None:
     """x @ matrix is a linear map; other products are in `splits.products`."""
+    from passes.splits.columns import constant_matrix, over_columns
     from passes.splits.products import bilinear
 
     x, y = app.form("self"), app.form("mat2" if str(app.target) == "aten.mm.default" else "other")
@@ -246,4 +252,7 @@ def matmul(s: Splitter, app: Application) -> Form | None:
     if x.ndim > 1 and in_parts(x, x.ndim - 1) and matrix:
         assert isinstance(y, Whole)
         return product(s, x, x.ndim - 1, s.builder.call(aten.t.default, y.node), None, aten.linear.default)
+    if constant_matrix(x) and y.ndim == 3 and in_parts(y, 1):
+        assert isinstance(x, Whole)
+        return over_columns(s, y, x.node)
     return bilinear(s, app, x, y)

@@ -16,10 +16,11 @@ import torch
 from torch.fx import Node
 
 from passes.coalesce import coalesced
-from passes.forms import Blocks, Expanded, Filled, Form, Sum, Whole, provenance, same_size
+from passes.forms import Blocks, Expanded, Filled, Form, Lazy, Sum, Whole, provenance, same_size
 from passes.price_products import pays
 from passes.split import Application, Splitter, handles
 from passes.splits.blocks import has_early, pick_form, refined
+from passes.splits.columns import of_letters
 from passes.splits.outer import contracted
 from roo_rewrite.facts import Provenance
 from roo_rewrite.rules.matmul import spelled_out
@@ -47,6 +48,10 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
         return _as_outer(s, x, y, letters)
     if str(app.target) != "aten.einsum.default" and same_size(x.shape[-1], 1) and _is_row(x, y):
         return s.op(aten.mul.Tensor, x, y)
+    if str(app.target) == "aten.einsum.default":
+        made = of_letters(s, x, y, letters)
+        if made is not None:
+            return made
     x, y = _simple(s, x), _simple(s, y)
     considered, built = len(s.price.candidates), len(s.builder.graph.nodes)
     made = _contract(s, x, y, letters, emit)
@@ -98,6 +103,7 @@ def _as_outer(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str]) -> F
 
 def _simple(s: Splitter, form: Form) -> Form:
     """Sums and picks are carried out; blocks stay, those of one side together."""
+    form = form.inner if isinstance(form, Lazy) else form
     if isinstance(form, Blocks):
         form = coalesced(s, form)
     return form if isinstance(form, (Blocks, Expanded, Whole, Filled)) else Whole(s.builder.whole(form))

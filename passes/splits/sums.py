@@ -17,8 +17,10 @@ from passes.forms import (
     Expanded,
     Filled,
     Form,
+    Lazy,
     Scaled,
     Sum,
+    Turned,
     Whole,
     dtype_of,
     is_mixed,
@@ -132,6 +134,8 @@ def view(s: Splitter, app: Application) -> Form | None:
     x = app.form("self")
     if isinstance(x, Scaled):
         return _scaled_view(s, app, x)
+    if isinstance(x, Lazy):
+        return _turned(s, app, x)
     if not isinstance(x, Sum) or not same_shape(broadcast([t.shape for _, t in x.terms]), x.shape):
         return None
     made = tuple((c, s.apply(app.replaced(self=_with_dims(s, t, x.ndim)))) for c, t in x.terms)
@@ -144,6 +148,17 @@ def _scaled_view(s: Splitter, app: Application, x: Scaled) -> Form | None:
         return None
     by = s.apply(app.replaced(self=x.by))
     return Scaled(inner, by, inner.dim, later(s, app)) if isinstance(by, Whole) else None
+
+
+def _turned(s: Splitter, app: Application, x: Lazy) -> Form | None:
+    """The parts of a product that is not carried out, its last two of three dims exchanged."""
+    dims = app.named.get("dims") or [app.named.get("dim0"), app.named.get("dim1")]
+    if x.ndim != 3 or not isinstance(x.inner, Blocks) or None in dims:
+        return None
+    if [d % 3 for d in dims] not in ([0, 2, 1], [1, 2], [2, 1]):
+        return None
+    inner = s.op(aten.transpose.int, x.inner, 1, 2)
+    return Turned(inner, lambda: s.builder.whole(s.plain(app)), x)
 
 
 def _with_dims(s: Splitter, term: Form, ndim: int) -> Form:
