@@ -65,6 +65,7 @@ class Captured:
     branches: where forward asked whether any or all of a mask is true; the graph's last outputs are what it asked.
     again: the trace that goes the other way at some of them.
     kept: whether rows that a mask removes are among all others in the graph (see `kept`).
+    numbers: whether forward reads numbers off buffers of `assumed` (see `read_numbers`).
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class Captured:
     branches: tuple[Place, ...] = ()
     again: Callable[[Set[Place]], Captured] | None = None
     kept: bool = False
+    numbers: bool = False
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
         """The flat outputs of the graph in the structure of the original's."""
@@ -310,6 +312,7 @@ def _export(
         assumed=numbers.read,
         branches=tuple(branches.asked) if branches else (),
         kept=kept,
+        numbers=bool(numbers.read),
     )
 
 

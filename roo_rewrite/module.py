@@ -236,7 +236,8 @@ class RequestModel(nn.Module):
                 return _ORIGINAL
         rows = self._impressions(atoms)
         few = rows is not None and rows < 2 and not (program.single if rows else program.empty)
-        looked_at = program.captured is not None and program.captured.kept  # how many rows, which compiled code is not
+        captured = program.captured  # compiled code looks neither at how many rows are kept, nor at what a buffer holds
+        looked_at = captured is not None and (captured.kept or captured.numbers)
         if few or looked_at or not program.always or list(program.statics) != list(statics):
             return _ORIGINAL
         return program

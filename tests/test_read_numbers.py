@@ -116,3 +116,14 @@ def test_a_buffer_that_has_changed_is_read_again() -> None:
     _same(model, rewritten)
     model.on.fill_(False)
     _same(model, rewritten)
+
+
+@pytest.mark.filterwarnings("ignore:Graph break")
+@torch.no_grad()
+def test_compiled_code_reads_a_buffer_each_time() -> None:
+    model, rewritten = _rewritten(OffABuffer)
+    compiled = torch.compile(rewritten, backend="eager", dynamic=True)
+    u, x, counts = torch.randn(2, 36).double(), torch.randn(5, 4).double(), torch.tensor([2, 3])
+    for on in (True, False):
+        model.on.fill_(on)
+        torch.testing.assert_close(compiled(u, x, num_impressions=counts), model(u.repeat_interleave(counts, 0), x))
