@@ -48,6 +48,7 @@ class ReadNumbers(TorchFunctionMode):
         super().__init__()
         self.read: dict[str, Tensor] = {}
         self._module = module
+        self._registered = {_memory(t) for t in (*module.parameters(), *module.buffers())}
         # a trace puts others in their place
         self._buffers = {name: b for name, b in module.named_buffers() if name not in written}
 
@@ -74,11 +75,20 @@ class ReadNumbers(TorchFunctionMode):
         if len(given) < len(inputs) or any(self._buffers[name].numel() > _LIMIT for name in given.values()):
             return None
         graph = slot.proxy.node.graph
-        if any(n not in given and not _known(n, root) for n in behind) or _changed(graph.nodes, behind):
+        if any(n not in given and not self._known(n, root) for n in behind) or _changed(graph.nodes, behind):
             return None
         if given and not all(_of_torch(n) for n in graph.nodes):  # a leaf may write a buffer unseen
             return None
         return [n for n in graph.nodes if n in behind], given, root
+
+    def _known(self, node: Node, root: nn.Module) -> bool:
+        """Whether the node is a literal, or made of its operands alone. A parameter in a list of the model is none."""
+        if node.op != "get_attr":
+            return _made_of_numbers(node)
+        literal = getattr(root, str(node.target), None)
+        if not isinstance(literal, Tensor) or isinstance(literal, FakeTensor):
+            return False
+        return _memory(literal) not in self._registered
 
     def _named(self, tracer: Any) -> dict[Node, str]:
         found = ((get_proxy_slot(b, tracer, None), name) for name, b in self._module.named_buffers())
@@ -104,20 +114,21 @@ def _behind(nodes: Collection[Node]) -> set[Node]:
     return found
 
 
-def _known(node: Node, root: nn.Module) -> bool:
-    """Whether the node is a literal, or what torch makes of its operands alone, of sizes that are numbers."""
-    if node.op == "get_attr":
-        literal = getattr(root, str(node.target), None)
-        return isinstance(literal, Tensor) and not isinstance(literal, FakeTensor)
+def _made_of_numbers(node: Node) -> bool:
+    """Whether torch makes the node of its operands alone, of sizes that are numbers."""
     target, value = node.target, node.meta.get("val")
     if target is operator.getitem:
-        return True
+        return _memory(literal) not in self._registered
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
     if torch.Tag.nondeterministic_seeded in target.tags or _writes(node):
         return False
     made = value if isinstance(value, (tuple, list)) else [value]
     return all(isinstance(t, Tensor) and all(isinstance(s, int) for s in t.shape) and t.numel() <= _LIMIT for t in made)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _writes(node: Node) -> bool:

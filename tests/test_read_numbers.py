@@ -73,6 +73,16 @@ class OffTheBatch(Mixed):
         return z * (z > 0).sum().item()
 
 
+class OffAListedParameter(Mixed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.scales = [self.scale]
+
+    def read(self, z: Tensor) -> Tensor:
+        return z * self.scales[0].item()
+
+
 def _rewritten(kind: type[Mixed]) -> tuple[Mixed, roo.RequestModel]:
     torch.manual_seed(0)
     model = kind().double().eval()
@@ -115,6 +125,14 @@ def test_a_buffer_that_has_changed_is_read_again() -> None:
     model.order.copy_(torch.tensor([1, 0, 2, 1]))
     _same(model, rewritten)
     model.on.fill_(False)
+    _same(model, rewritten)
+
+
+def test_a_parameter_in_a_list_is_no_literal() -> None:
+    model, rewritten = _rewritten(OffAListedParameter)
+    _same(model, rewritten)
+    with torch.no_grad():
+        model.scale.fill_(3.0)
     _same(model, rewritten)
 
 
