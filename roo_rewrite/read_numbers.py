@@ -118,7 +118,7 @@ def _made_of_numbers(node: Node) -> bool:
     """Whether torch makes the node of its operands alone, of sizes that are numbers."""
     target, value = node.target, node.meta.get("val")
     if target is operator.getitem:
-        return _memory(literal) not in self._registered
+        return True
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
     if torch.Tag.nondeterministic_seeded in target.tags or _writes(node):
