@@ -80,7 +80,7 @@ class OffAListedParameter(Mixed):
         self.scales = [self.scale]
 
     def read(self, z: Tensor) -> Tensor:
-        return z * self.scales[0].item()
+        return z * self.scales[0].detach().exp().item()
 
 
 def _rewritten(kind: type[Mixed]) -> tuple[Mixed, roo.RequestModel]:
@@ -137,11 +137,12 @@ def test_a_parameter_in_a_list_is_no_literal() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Graph break")
+@pytest.mark.parametrize(("kind", "name"), [(OffABuffer, "on"), (OffAListedParameter, "scale")])
 @torch.no_grad()
-def test_compiled_code_reads_a_buffer_each_time() -> None:
-    model, rewritten = _rewritten(OffABuffer)
+def test_compiled_code_reads_each_time(kind: type[Mixed], name: str) -> None:
+    model, rewritten = _rewritten(kind)
     compiled = torch.compile(rewritten, backend="eager", dynamic=True)
     u, x, counts = torch.randn(2, 36).double(), torch.randn(5, 4).double(), torch.tensor([2, 3])
-    for on in (True, False):
-        model.on.fill_(on)
+    for value in (1, 0):
+        getattr(model, name).fill_(value)
         torch.testing.assert_close(compiled(u, x, num_impressions=counts), model(u.repeat_interleave(counts, 0), x))
