@@ -145,6 +145,18 @@ def sizes_kept() -> Iterator[None]:
             setattr(torch.SymInt, name, original)
 
 
+def _along_known(func: Callable[..., Any]) -> Callable[..., Any]:
+    """`func`, which takes a tensor apart along a dim. Raises where its size is symbolic: a trace would fix it."""
+
+    def apart(input: torch.Tensor, dim: int = 0) -> Any:
+        size = input.shape[dim] if input.ndim else 1
+        if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
+            raise _SizeFixedError(f"a tensor of {size} rows is taken apart row by row")
+        return func(input, dim)
+
+    return apart
+
+
 def without_vmap(program: ExportedProgram) -> ExportedProgram:
     """The program with what runs under `vmap` as ops on whole batches. Raises CaptureError where it also writes."""
     if not any("_functorch" in str(getattr(n.target, "__module__", "")) for n in program.graph.nodes):
@@ -192,6 +204,9 @@ class Traceable(TorchFunctionMode):
         torch.Tensor.corrcoef: spelled_out.corrcoef,
         torch.vander: spelled_out.vander,
         torch.gradient: spelled_out.gradient,
+        torch.Tensor.__iter__: _along_known(lambda x, _: iter(torch.unbind(x))),
+        torch.Tensor.unbind: _along_known(torch.unbind),
+        torch.unbind: _along_known(torch.unbind),
     }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

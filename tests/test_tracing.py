@@ -153,3 +153,24 @@ def test_models_that_take_and_combine(model: nn.Module) -> None:
     assert "opaque leaf" not in str(found.report)
     late = {n.op for n in found.report.nodes if n.runs == "impression"}
     assert ("relu" in late) == bool(getattr(model, "crossing", False))
+
+
+class RowByRow(nn.Module):
+    def __init__(self, rows: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.mix = nn.Bilinear(3, 3, 1)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([self.mix(*row.split(3)) for row in self.rows(torch.cat([u, x], 1))])
+
+
+@pytest.mark.parametrize("rows", [iter, Tensor.unbind, lambda t: torch.unbind(input=t, dim=0)])
+def test_rows_taken_apart_one_by_one_end_the_trace_at_once(rows: Callable[[Tensor], Any]) -> None:
+    model = RowByRow(rows).double()
+    spec = roo.FeatureSpec(request=["u"], impression=["x"])
+    u, x = torch.randn(2, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    rewritten = roo.rewrite(model, (u[[0, 0, 1]], x), spec=spec, fanout=4)
+    assert "taken apart row by row" in str(rewritten.report)
+    counts = torch.tensor([2, 1])
+    torch.testing.assert_close(rewritten(u, x, num_impressions=counts), model(u[[0, 0, 1]], x))
