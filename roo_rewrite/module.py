@@ -138,6 +138,7 @@ class RequestModel(nn.Module):
         counts: Any = num_impressions
         if torch.compiler.is_compiling():
             program = self._inlined(atoms, statics)
+            program.assert_holds(self)
         else:
             rows, least = check_batch(self._inputs, atoms, counts)
             counts = counts.to(torch.long)
@@ -236,7 +237,7 @@ class RequestModel(nn.Module):
                 return _ORIGINAL
         rows = self._impressions(atoms)
         few = rows is not None and rows < 2 and not (program.single if rows else program.empty)
-        captured = program.captured  # compiled code looks neither at how many rows are kept, nor at what a buffer holds
+        captured = program.captured  # compiled code goes by neither the rows kept nor the numbers that a buffer holds
         looked_at = captured is not None and (captured.kept or captured.numbers)
         if few or looked_at or not program.always or list(program.statics) != list(statics):
             return _ORIGINAL

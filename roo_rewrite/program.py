@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,10 +65,7 @@ class Program:
 
         Small ones are compared at every call; large or remote ones only where torch says they were written.
         """
-        assumed = {} if self.captured is None else self.captured.assumed
-        for name, value in assumed.items():
-            owner, _, key = name.rpartition(".")
-            buffer = getattr(model.get_submodule(owner), key)
+        for name, buffer, value in self._assumed(model):
             seen = self.seen.get(name)
             cheap = buffer.numel() <= _CHEAP and buffer.device.type == "cpu"
             if not cheap and seen is not None and seen[0] is buffer and seen[1] == buffer._version:
@@ -77,6 +74,18 @@ class Program:
                 return False
             self.seen[name] = (buffer, buffer._version)
         return True
+
+    def assert_holds(self, model: nn.Module) -> None:
+        """The same within compiled or exported code, which cannot be built anew: it raises RuntimeError there."""
+        for name, buffer, value in self._assumed(model):
+            same = torch.isclose(buffer.to(value), value, rtol=0.0, atol=0.0, equal_nan=True).all()
+            torch._assert_async(same, f"buffer {name!r} has changed: call the rewritten model once, then compile it")
+
+    def _assumed(self, model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Each buffer whose values were built on: its name, what it holds now, what it held then."""
+        for name, value in ({} if self.captured is None else self.captured.assumed).items():
+            owner, _, key = name.rpartition(".")
+            yield name, getattr(model.get_submodule(owner), key), value
 
     def accepts(self, impressions: int) -> bool:
         """Whether the emitted functions hold for this many impressions.

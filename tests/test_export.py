@@ -214,3 +214,29 @@ def test_packed_columns_and_training_mode(tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     assert write(model, tmp_path / "out") == []
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+
+
+class Reordered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.tensor([5, 0, 4, 1, 3, 2, 6]))
+        self.layer = nn.Linear(7, 1)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        return self.layer(torch.cat([user, item], 1)[:, self.order])
+
+
+@torch.no_grad()
+def test_compiled_code_raises_where_a_buffer_it_was_built_on_has_changed() -> None:
+    torch._dynamo.reset()
+    original = Reordered().eval()
+    model = rewritten(original)
+    counts, batch = torch.tensor([2, 3]), (torch.randn(2, 4), torch.randn(5, 3))
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    same(compiled(*batch, num_impressions=counts), model(*batch, num_impressions=counts))
+    original.order.copy_(original.order.flip(0))
+    with pytest.raises(RuntimeError, match="'order' has changed"):
+        compiled(*batch, num_impressions=counts)
+    want = original(batch[0].repeat_interleave(counts, 0), batch[1])
+    same(model(*batch, num_impressions=counts), want)
+    same(compiled(*batch, num_impressions=counts), want)
