@@ -13,6 +13,7 @@ A form stands for a tensor of the impression-level graph; `Builder.whole` carrie
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Whole(Form):
 
     node: Node
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
         return tuple(self.node.meta["val"].shape)
 
@@ -57,7 +58,7 @@ class Picked(Form):
     dim: int
     index: tuple[int, ...]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
         return with_size(self.base.shape, self.dim, len(self.index))
 
@@ -69,11 +70,11 @@ class Blocks(Form):
     dim: int
     parts: tuple[Form, ...]
 
-    @property
+    @functools.cached_property
     def shape(self) -> tuple[Any, ...]:  # type: ignore[override]
         return with_size(self.parts[0].shape, self.dim, sum(self.sizes))
 
-    @property
+    @functools.cached_property
     def sizes(self) -> list[int]:
         """Size of each part along `dim`."""
         return [int(p.shape[self.dim]) for p in self.parts]

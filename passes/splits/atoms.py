@@ -8,6 +8,7 @@ one value repeated meet the sum of their columns.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -179,10 +180,10 @@ def _with_gain(s: Splitter, meets: Meets, gain: Node) -> Meets:
 
 def joined(atoms: Sequence[Atom]) -> list[Atom]:
     """Picks of one node that meet the weight once each become one pick."""
-    pairs = [(a.node, a.index) for a in atoms]
+    pairs = Counter((a.node, a.index) for a in atoms)
     out: dict[object, Atom] = {}
     for i, atom in enumerate(atoms):
-        lone = atom.index is not None and atom.coefficient == 1 and pairs.count((atom.node, atom.index)) == 1
+        lone = atom.index is not None and atom.coefficient == 1 and pairs[atom.node, atom.index] == 1
         key = (atom.node, atom.weight, atom.factor)
         before = out.get(key) if lone else None
         if before is not None and before.index is not None and atom.index is not None:
@@ -195,14 +196,14 @@ def joined(atoms: Sequence[Atom]) -> list[Atom]:
 
 def added(s: Splitter, atoms: Sequence[Atom]) -> list[Atom]:
     """Terms of one side that meet the same columns, and nothing else, are added before the product."""
-    alone = [a for a in atoms if sum(a.node is other.node for other in atoms) == 1]
+    uses = Counter(a.node for a in atoms)
     out: list[Atom] = []
     sums: dict[object, list[Atom]] = {}
     for atom in atoms:
         shape = tuple(str(n) for n in atom.node.meta["val"].shape)
         early = side(atom.node) is not Provenance.IMPRESSION
         key = (atom.columns, atom.weight, atom.factor, atom.single, early, shape) if atom.index is None else atom
-        if atom in alone:
+        if uses[atom.node] == 1:
             sums.setdefault(key, []).append(atom)
         else:
             out.append(atom)
