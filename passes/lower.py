@@ -18,6 +18,7 @@ from torch.fx import Graph, Node
 
 from passes.drawn import in_order
 from passes.fuse import fuse
+from passes.lookups import together
 from passes.mixed_rate import Layouts, mixed_rate
 from passes.one_split import one_split
 from passes.tidy import scaled_terms, tidy
@@ -31,6 +32,7 @@ aten = torch.ops.aten
 def lower(graph: Graph) -> None:
     """Lowers the hoisted graph in place."""
     tidy(graph)
+    together(graph)
     layouts = Layouts(graph, next(n for n in graph.nodes if n.op == "placeholder" and n.name == COUNTS))
     mixed_rate(graph, layouts)
     for node in list(graph.nodes):

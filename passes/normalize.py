@@ -8,6 +8,7 @@
     slice(x, 0, 0, max), dropout(x, 0.5, False)        x
     to(input, device=its own)                          input
     cat([x[:, :0], y], 1)                              cat([y], 1)
+    hstack([x, y])                                     cat([x, y], 1) (see `stacks`)
     masked_select(x, buffer)                           index_select (see `constant_masks`)
     index_put(x, [rows T times, c], v)                 by rows (see `repeated_rows`)
     where(m, ones([2 * B, 4]), x)                      ones([1, 1]) (see `one_number`)
@@ -39,6 +40,7 @@ from passes.one_number import one_number
 from passes.pooled_columns import pooled_columns
 from passes.repeated_rows import repeated_rows
 from passes.shifted_softmax import unshifted
+from passes.stacks import STACKS
 from passes.traced import called
 from passes.unrepeated import unrepeated
 from roo_rewrite.capture import Captured
@@ -256,6 +258,7 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     aten._unsafe_view.default: _view,
     **FILLS,
     **AS_OTHERS,
+    **STACKS,
 }
 
 

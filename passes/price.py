@@ -97,6 +97,10 @@ class Price:
             return 0.0
         return self.move(value.shape, side) + self._runs(value.shape, runs(value), side)
 
+    def gathered(self, shape: Sequence[Any], side: Provenance, run: int) -> float:
+        """Time to copy a value for a product over a dim that is not the last, in runs of so many entries."""
+        return self.move(shape, side) + self.rows(shape, side) / run * self.device.run_ns
+
     def joined(self, form: Form) -> float:
         """Time to put the parts of a form side by side, at the impressions' rows; of another form to carry it out."""
         if not isinstance(form, Blocks):

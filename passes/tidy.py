@@ -4,6 +4,7 @@
     reshape(unsqueeze(x: [B, k], 1), [B, k])      x
     cat([unsqueeze(x, 1), unsqueeze(y, 1)], 1)    stack([x, y], 1)
     s = stack([x, y], 1); c = cat([x, y], 1)      c = reshape(s, [-1, 2 * k])
+    cat([t(x), t(y)], 2), of c = cat([x, y], 1)   t(c)                                      t: transpose(., 1, 2)
     add(x, mul(y, -0.5))                          add(x, y, alpha=-0.5)
 
 A view that keeps entries in their order, row by row, is its operand in another shape. So are two concatenations of
@@ -23,6 +24,7 @@ from torch.fx import Graph, Node
 
 from passes.forms import is_static, same_shape
 from passes.functionalize import keeps, mutated
+from passes.traced import traced
 from roo_rewrite.facts import AUTOCAST, EFFECT, SIDE
 from roo_rewrite.nodes import replaced
 
@@ -44,17 +46,17 @@ def tidy(graph: Graph) -> None:
     """Rewrites the views and concatenations of a hoisted graph in place."""
     written = {n for node in graph.nodes for n in mutated(node)}
     for node in list(graph.nodes):
-        if node.target in _IN_ORDER and _plain(node):
+        if node.target in _IN_ORDER and plain(node):
             _unviewed(graph, node)
     graph.eliminate_dead_code(is_impure_node=keeps)
     made: dict[Any, Node] = {}
     for node in list(graph.nodes):
-        if node.target in (aten.cat.default, aten.stack.default) and _plain(node):
+        if node.target in (aten.cat.default, aten.stack.default) and plain(node):
             _concatenated(graph, node, made, written)
     graph.eliminate_dead_code(is_impure_node=keeps)
 
 
-def _plain(node: Node) -> bool:
+def plain(node: Node) -> bool:
     """A tensor that may be made in another way, wherever it is read."""
     effect = any(EFFECT in n.meta for n in (node, *node.all_input_nodes))
     return AUTOCAST not in node.meta and not effect and isinstance(node.meta.get("val"), Tensor)
@@ -63,7 +65,7 @@ def _plain(node: Node) -> bool:
 def _origins(node: Node) -> list[Node]:
     """What a node is a view of in order, nearest first."""
     found = []
-    while node.target in _IN_ORDER and _plain(node):
+    while node.target in _IN_ORDER and plain(node):
         node = node.args[0]  # type: ignore[assignment]
         found.append(node)
     return found
@@ -87,6 +89,11 @@ def _concatenated(graph: Graph, node: Node, made: dict[Any, Node], written: set[
     origins = [(_origins(part) or [part])[-1] for part in parts]
     if len(parts) < 2 or len({v.dtype for v in values}) > 1 or written & {node, *origins}:
         return
+    whole = _transposed(node, dim, parts, made, written)
+    if whole is not None:
+        view = replaced(graph, node, aten.transpose.int, *whole)
+        view.meta["val"] = traced(aten.transpose.int, (whole[0].meta["val"], *whole[1:]))
+        return
     key = (node.meta[SIDE], _times(shape[:dim]), tuple(origins))
     flat = [int(s) if is_static(s) else -1 for s in shape]
     if key in made and flat.count(-1) < 2 and 0 not in flat:
@@ -99,8 +106,30 @@ def _concatenated(graph: Graph, node: Node, made: dict[Any, Node], written: set[
         made[key] = replaced(graph, node, aten.stack.default, inner, dim)
 
 
+def _transposed(
+    node: Node, dim: int, parts: Sequence[Node], made: dict[Any, Node], written: set[Node]
+) -> tuple[Node, int, int] | None:
+    """The concatenation and the two dims that `node`, of its parts transposed, is the transpose by."""
+    ndim = node.meta["val"].ndim
+    if node.target is not aten.cat.default or any(p.target is not aten.transpose.int or not plain(p) for p in parts):
+        return None
+    swaps = {tuple(sorted(d % ndim for d in p.args[1:])) for p in parts}
+    if len(swaps) > 1:
+        return None
+    a, b = swaps.pop()
+    order = list(range(ndim))
+    order[a], order[b] = b, a
+    shape = [node.meta["val"].shape[d] for d in order]
+    sources: list[Any] = [p.args[0] for p in parts]
+    origins = tuple((_origins(x) or [x])[-1] for x in sources)
+    found = made.get((node.meta[SIDE], _times(shape[: order[dim]]), origins))
+    if found is None or found in written or not same_shape(found.meta["val"].shape, shape):
+        return None
+    return found, a, b
+
+
 def _adds_dim(part: Node, dim: int) -> bool:
-    return part.target is aten.unsqueeze.default and _plain(part) and part.args[1] % part.meta["val"].ndim == dim
+    return part.target is aten.unsqueeze.default and plain(part) and part.args[1] % part.meta["val"].ndim == dim
 
 
 def _times(sizes: Sequence[Any]) -> tuple[int, tuple[str, ...]]:
@@ -111,7 +140,7 @@ def _times(sizes: Sequence[Any]) -> tuple[int, tuple[str, ...]]:
 def scaled_terms(graph: Graph) -> None:
     """A sum takes the number that scales its second term."""
     for node in list(graph.nodes):
-        if node.target not in _SUMS or len(node.args) != 2 or node.kwargs or not _plain(node):
+        if node.target not in _SUMS or len(node.args) != 2 or node.kwargs or not plain(node):
             continue
         x, y = node.args
         pairs = [(x, y)] if node.target is aten.add_.Tensor else [(x, y), (y, x)]
@@ -131,7 +160,7 @@ def _is_scaled(term: Any, total: Node) -> bool:
     values = [n.meta.get("val") for n in (*total.all_input_nodes, x) if isinstance(n, Node)]
     like = total.meta["val"]
     return (
-        _plain(term)
+        plain(term)
         and isinstance(x, Node)
         and isinstance(factor, (int, float))
         and like.is_floating_point()

@@ -7,12 +7,13 @@ linear(t(z), W)               =  t(W z)
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from passes.forms import Form, Whole, is_static, provenance
+from passes.forms import Form, Whole, hint, is_static, provenance
 from passes.split import Splitter
 from passes.splits.linear import in_parts, product
 from roo_rewrite.facts import Provenance
@@ -22,7 +23,10 @@ _REST = "xyzvw"
 
 
 def over_columns(s: Splitter, x: Form, weight: Node, bias: Node | None = None) -> Form | None:
-    """sum_k W[n, k] x[:, k, ...], if that pays. weight: [N, K]."""
+    """sum_k W[n, k] x[:, k, ...], if that pays. weight: [N, K].
+
+    For `W z` torch copies z entry by entry, for an einsum in rows of what follows k.
+    """
     if x.ndim < 3 or not in_parts(x, 1):
         return None
     rest = _REST[: x.ndim - 2]
@@ -33,7 +37,9 @@ def over_columns(s: Splitter, x: Form, weight: Node, bias: Node | None = None) -
             return made
         return s.builder.call(aten.add.Tensor, made, s.builder.call(aten.reshape.default, b, [-1] + [1] * len(rest)))
 
-    return product(s, x, 1, weight, bias, emit)
+    together = math.prod(hint(n) for n in x.shape[2:])
+    spelled = s.builder.origin is not None and s.builder.origin.target is aten.einsum.default
+    return product(s, x, 1, weight, bias, emit, runs=(together if spelled else 1, together))
 
 
 def constant_matrix(form: Any) -> bool:

@@ -60,11 +60,13 @@ def product(
     bias: Node | None,
     emit: Emit | OpOverload,
     shape: tuple[Any, ...] | None = None,
+    runs: tuple[int, int] | None = None,
 ) -> Form | None:
     """The linear map of x over `dim` by groups, if that pays.
 
     weight: [N, K, ...]; emit: an op on (x, weight, bias), or what builds it; shape: of the result, where it differs
-    from x in more than `dim`.
+    from x in more than `dim`; runs: where operands are copied first, the entries that lie together in the op as it is
+    and in that of a group.
     """
     if dtype_of(x) != weight.meta["val"].dtype:
         return None
@@ -76,7 +78,7 @@ def product(
     shape = shape or with_size(x.shape, dim, n)
     groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
     cells = outer.cells(s, [(f, a.columns, a.index) for a in inside if (f := _factored(a, weight)) is not None])
-    if not _pays(s, x, groups, cells, shape, n, k, emit is aten.linear.default):
+    if not _pays(s, x, groups, cells, shape, n, k, emit is aten.linear.default, runs):
         return None
     terms: list[tuple[float, Form]] = []
     scaled: dict[Node, list[tuple[float, Form]]] = {}
@@ -124,6 +126,7 @@ def _pays(
     n: int,
     k: int,
     onto: bool,
+    runs: tuple[int, int] | None,
 ) -> bool:
     """Whether the groups are faster. onto: a product is written onto the other terms (`fuse`), not beside them."""
     price, impression = s.price, Provenance.IMPRESSION
@@ -137,6 +140,9 @@ def _pays(
     after += price.move(shape, times=1.0 if onto else 2.0) * max(len(groups) - 1, 0)
     after += price.start(2 * max(len(groups) - 1, 0))
     after += sum(_inside_price(s, c, n) for c in cells)
+    if runs is not None:
+        before += price.gathered(x.shape, impression, runs[0])
+        after += sum(price.gathered((*g.lead, g.inner), g.side, runs[1]) for g in products)
     if any(_is_statistic(f) for f in factors):  # of each side, in place of those of the whole rows
         after += sum(3 * price.move((*g.lead, g.inner), g.side) for g in products) + price.start(12)
     after += 2 * price.move(shape) * len(factors)

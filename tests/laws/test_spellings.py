@@ -26,6 +26,11 @@ ALIKE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a stack of one": lambda u, x: torch.stack([plain(u, x)], 0).squeeze(0),
     "a stack of one, from the last": lambda u, x: torch.stack([plain(u, x)], -1).squeeze(-1),
     "a stack of both": lambda u, x: torch.stack([u, x], -2),
+    "hstack": lambda u, x: torch.hstack([u, x]).reshape(-1, 2, 6),
+    "hstack of matrices": lambda u, x: torch.hstack([u[:, None], x[:, None]]),
+    "column_stack": lambda u, x: torch.column_stack([*u.unbind(1), x]).reshape(-1, 2, 6),
+    "row_stack": lambda u, x: torch.row_stack([u.t(), *x.unbind(1)]).t().reshape(-1, 2, 6),
+    "dstack": lambda u, x: torch.dstack([u, x]).transpose(1, 2),
 }
 
 

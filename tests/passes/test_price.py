@@ -20,7 +20,7 @@ from passes.partition import partition
 from passes.price import Candidate, Price
 from passes.split import split
 from roo_rewrite.capture import Captured
-from roo_rewrite.cost import CPU, CUDA, flops, runs, time
+from roo_rewrite.cost import CPU, CUDA, Device, flops, runs, time
 from roo_rewrite.facts import Provenance
 
 Function = Callable[..., Any]
@@ -190,3 +190,10 @@ def test_an_addition_of_what_no_impression_has_goes_into_the_requests_term(captu
         assert isinstance(candidate, Candidate)
         before.append(candidate.before)
     assert before[0] < before[1]
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_entries_that_lie_apart_are_copied_one_by_one(device: Device) -> None:
+    price = Price(device, 10.0, 8, "priced")
+    apart, rows = (price.gathered((8, 4, 16), Provenance.IMPRESSION, run) for run in (1, 16))
+    assert math.isclose(apart - rows, 8 * 4 * 15 * device.run_ns)

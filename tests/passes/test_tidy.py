@@ -49,6 +49,10 @@ def targets(graph: Graph) -> list[str]:
     return [n.target.__name__ for n in graph.nodes if n.op == "call_function"]
 
 
+def turned(call: Any, *nodes: Node) -> list[Node]:
+    return [call(aten.transpose.int, n, 0, -1) for n in nodes]
+
+
 def column(call: Any, *nodes: Node) -> list[Node]:
     return [call(aten.unsqueeze.default, n, 1) for n in nodes]
 
@@ -98,6 +102,18 @@ CASES: dict[str, tuple[Make, list[str]]] = {
     "in another order": (
         lambda call, x, y: (call(aten.cat.default, [x, y], 1), call(aten.cat.default, [y, x], 1)),
         ["cat.default", "cat.default"],
+    ),
+    "of parts transposed": (
+        lambda call, x, y: (call(aten.cat.default, [x, y], 1), call(aten.cat.default, turned(call, x, y), 0)),
+        ["cat.default", "transpose.int"],
+    ),
+    "of parts transposed, along another dim": (
+        lambda call, x, y: (call(aten.cat.default, [x, y], 1), call(aten.cat.default, turned(call, x, y), 1)),
+        ["cat.default", "transpose.int", "transpose.int", "cat.default"],
+    ),
+    "of parts transposed, alone": (
+        lambda call, x, y: (call(aten.cat.default, turned(call, x, y), 0),),
+        ["transpose.int", "transpose.int", "cat.default"],
     ),
     "along another dim": (
         lambda call, x, y: (call(aten.cat.default, [x, y], 0), call(aten.cat.default, [x, y], 1)),

@@ -41,12 +41,32 @@ def test_a_linear_map_of_one_number_runs_once(captured: Callable[..., Any]) -> N
     assert [tuple(n.meta["val"].shape) for n in maps] == [(1, 4), (1, 4)]
 
 
-def test_a_linear_map_that_is_read_whole_stays(captured: Callable[..., Any]) -> None:
-    trace, _ = captured(lambda m, u, x: torch.cat([nn.functional.linear(torch.ones_like(u), m.w), x], 1).cumsum(0))
+def whole(m: Any, u: Tensor, x: Tensor) -> Tensor:
+    query = nn.functional.linear(nn.functional.embedding(torch.arange(4).expand(len(u), 4), m.w), m.w).tanh()
+    return torch.cat([nn.functional.linear(torch.ones_like(u), m.w), x], 1).cumsum(0)[:, :4] @ query
+
+
+def test_a_map_that_is_read_whole_is_repeated_in_name(captured: Callable[..., Any]) -> None:
+    trace, _ = captured(whole)
     normalize(trace)
-    trace.graph.eliminate_dead_code()
-    maps = [n for n in trace.graph.nodes if n.target is aten.linear.default]
-    assert [isinstance(n.meta["val"].shape[0], int) for n in maps] == [False]
+    maps = [n for n in trace.graph.nodes if n.target in (aten.linear.default, aten.embedding.default)]
+    assert [tuple(n.meta["val"].shape) for n in maps] == [(4, 4), (4, 4), (1, 4)]
+
+
+KEPT: dict[str, Callable[..., Tensor]] = {
+    "by the occurrences": lambda m, u, x: nn.functional.embedding(
+        torch.arange(4).expand(len(u), 4), m.w, scale_grad_by_freq=True
+    ),
+    "an output": lambda m, u, x: nn.functional.linear(m.w[:1].expand_as(u), m.w),
+    "weights of the batch": lambda m, u, x: nn.functional.linear(m.w[:1].expand(len(u), 4), u),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_another_map_stays(name: str, captured: Callable[..., Any]) -> None:
+    trace, _ = captured(KEPT[name])
+    normalize(trace)
+    assert trace.graph.output_node().args[0][0].target in (aten.linear.default, aten.embedding.default)
 
 
 FALLS = {"a mask of one row": mask_of_one_row, "a weight": expanded, "for two blocks of rows": tiled_twice}
