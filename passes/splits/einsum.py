@@ -3,6 +3,7 @@
 einsum("bfd,bgd,fg->b", T, T, w)  =  einsum("bfg,fg->b", einsum("bfd,bgd->bfg", T, T), w)
 einsum("bi,eij,bj->bei", x, w, x) =  einsum("bei,bi->bei", einsum("eij,bj->bei", w, x), x)
 einsum("bfd,ofo->bd", T, w)       =  einsum("bfd,fo->bd", T, diagonal(w))
+einsum("bfd,ofx->bod", T, w)      =  einsum("bfd,of->bod", T, sum(w, 2))
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from itertools import combinations
 
 import torch
 
-from passes.forms import Blocks, Expanded, Form, Sum, Whole, provenance, same_size
+from passes.forms import Blocks, Expanded, Form, Sum, Whole, dtype_of, provenance, same_size
 from passes.split import Application, Splitter, handles
 from passes.splits.products import bilinear, moves
 from roo_rewrite.facts import Provenance
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 @handles("aten.einsum.default")
 def einsum(s: Splitter, app: Application) -> Form | None:
     """Two operands are a product of forms; more are products of products."""
-    app = _without_diagonals(s, app)
+    app = _constants_alone(s, app)
     tensors = app["tensors"]
     if len(tensors) == 2:
         return bilinear(s, app, *tensors)
@@ -57,8 +58,8 @@ def _next_pair(operands: Sequence[tuple[Form, str]], out: str) -> tuple[tuple[Fo
     return found[0]
 
 
-def _without_diagonals(s: Splitter, app: Application) -> Application:
-    """The einsum with the diagonals of its constants taken first."""
+def _constants_alone(s: Splitter, app: Application) -> Application:
+    """The einsum with the diagonals of its constants taken first, and what they alone have summed."""
     tensors = list(app["tensors"])
     if all(isinstance(f, Whole) for f in tensors):
         return app
@@ -70,6 +71,11 @@ def _without_diagonals(s: Splitter, app: Application) -> Application:
                 first, second = names[i].index(c), names[i].rindex(c)
                 form = tensors[i] = s.op(aten.diagonal.default, form, 0, first, second)
                 names[i] = names[i].replace(c, "") + c
+        lone = [c for c in names[i] if c not in out and not any(c in n for j, n in enumerate(names) if j != i)]
+        rest = "".join(c for c in names[i] if c not in lone)
+        if lone and rest and provenance(form) is Provenance.CONSTANT and dtype_of(form).is_floating_point:
+            tensors[i] = s.op(aten.sum.dim_IntList, form, [names[i].index(c) for c in lone])
+            names[i] = rest
     return app.replaced(equation=f"{','.join(names)}->{out}", tensors=tensors)
 
 

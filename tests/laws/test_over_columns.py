@@ -21,6 +21,9 @@ SPELLINGS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "the matrix first": lambda w, b, z: w @ z + b.unsqueeze(1),
     "einsum": lambda w, b, z: torch.einsum("nk,bkd->bnd", w, z) + b.unsqueeze(1),
     "einsum, turned": lambda w, b, z: torch.einsum("bkd,kn->dbn", z, w.t()).permute(1, 2, 0) + b.unsqueeze(1),
+    "einsum, letters of the matrix alone": lambda w, b, z: (
+        torch.einsum("nkxy,bkd->bnd", torch.stack([w * 0.25, w * 0.75], 2).unsqueeze(3), z) + b.unsqueeze(1)
+    ),
     "a map of the transpose": lambda w, b, z: F.linear(z.transpose(1, 2), w, b).transpose(-1, -2),
     "a map of the permuted": lambda w, b, z: F.linear(z.permute(0, 2, 1), w, b).permute(0, 2, 1),
 }
