@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from passes.autocast_casts import write_casts
 from passes.functionalize import mutated
+from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import AUTOCAST
 
 aten = torch.ops.aten
@@ -46,7 +47,17 @@ def _bodies(graph: Graph, owner: nn.Module) -> list[list[Node]]:
             device, dtype, enabled, cache, body, *args = node.args
             region = (device, dtype, enabled, cache) if _has_tensors_on(device, owner, body, args) else None
             regions.append(_splice(graph, owner, node, body, args, detach=False, autocast=region))
+        elif isinstance(node.target, torch._ops.HigherOrderOperator) and _has_bodies(node, owner):
+            raise CaptureError(
+                f"forward calls torch's {node.target}, whose bodies are not followed; where it chooses between "
+                "two, compute both and use torch.where"
+            )
     return regions
+
+
+def _has_bodies(node: Node, owner: nn.Module) -> bool:
+    known = dict(owner.named_children())
+    return any(n.op == "get_attr" and n.target in known for n in node.all_input_nodes)
 
 
 def _has_tensors_on(device: Any, owner: nn.Module, body: Node, args: list[Any]) -> bool:

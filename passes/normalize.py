@@ -41,6 +41,7 @@ from passes.pooled_columns import pooled_columns
 from passes.repeated_rows import repeated_rows
 from passes.shifted_softmax import unshifted
 from passes.stacks import STACKS
+from passes.synonyms import SYNONYMS
 from passes.traced import called
 from passes.unrepeated import unrepeated
 from roo_rewrite.capture import Captured
@@ -259,6 +260,7 @@ _SIMPLER: dict[Any, Callable[[Captured, Node], Node | None]] = {
     **FILLS,
     **AS_OTHERS,
     **STACKS,
+    **SYNONYMS,
 }
 
 

@@ -265,7 +265,7 @@ def _interpreted(
     model: nn.Module, inputs: Inputs, example: list[Tensor], statics: Sequence[Any], batch: int
 ) -> Captured | None:
     """The model traced by interpreting its bytecode; None where that fails too."""
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception), torch.compiler.set_stance("default"):
         return _export(twin(model), inputs, example, statics, [], batch, Masked(False), strict=True)
     return None
 

@@ -40,7 +40,7 @@ from roo_rewrite.outlook import Outlook, reads
 from roo_rewrite.program import Program
 from roo_rewrite.purity import kept, random_kept, twin
 from roo_rewrite.report import Report
-from roo_rewrite.tracing import unwatched
+from roo_rewrite.tracing import as_written, unwatched
 
 Build = Callable[["RequestModel", Sequence[Tensor], Sequence[Any], str], Program]
 _MAX_PROGRAMS = 16
@@ -259,7 +259,7 @@ class RequestModel(nn.Module):
             own = None if counts is None else expanded_example(self._inputs, atoms, counts, _EXAMPLE_ROWS)
             example = own or [like(e, a) for e, a in zip(example, atoms)]
         self.__dict__["_built"] += 1
-        with unwatched():
+        with unwatched(), as_written():
             made = self._build(self, example, statics, f"p{self._built}")
             if made.captured is not None:
                 self._look(made.captured, example, statics)

@@ -49,6 +49,7 @@ from roo_rewrite.leaves import default_leaves
 from roo_rewrite.module import RequestModel
 from roo_rewrite.program import Program, holder
 from roo_rewrite.purity import random_kept, settings, twin
+from roo_rewrite.tracing import as_written
 from roo_rewrite.trial import Stages, Trial, furnished
 
 DEFAULT_FANOUT = 16.0
@@ -147,7 +148,7 @@ def _called(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         copied = twin(model)
         given = pytree.tree_map_only(Tensor, lambda t: t.detach().clone(), (tuple(args), dict(kwargs)))
         try:
-            with torch.set_grad_enabled(grad), random_kept():
+            with torch.set_grad_enabled(grad), random_kept(), as_written():
                 copied(*given[0], **given[1])
             break
         except Exception as e:

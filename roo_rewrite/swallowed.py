@@ -22,12 +22,15 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import mpmath
+import sympy
 import torch
 
 from roo_rewrite.errors import CaptureError
 
 Raised = tuple[str, int, str]
-_OWN = tuple(str(path) + os.sep for path in (Path(torch.__file__).parent, Path(__file__).parent))
+# What computes sizes in a trace is torch's own too.
+_OWN = tuple(str(Path(of).parent) + os.sep for of in (torch.__file__, sympy.__file__, mpmath.__file__, __file__))
 # Sizes that are symbols have no hash: what these compute then is what they would have kept. (module, function)
 _PAST_A_CACHE = frozenset({("einops.einops", "_apply_recipe")})
 _STDLIB = sysconfig.get_path("stdlib") + os.sep

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 import importlib
 import io
 import logging
@@ -88,6 +89,35 @@ def unwatched() -> Iterator[None]:
         for found, before in zip(hooks, saved):
             found.clear()
             found.update(before)
+
+
+_stance: Any = torch.compiler.set_stance
+
+
+@contextlib.contextmanager
+def as_written() -> Iterator[None]:
+    """While active, what was compiled before runs as it was written, so that no trace, hook or mode of ours is compiled
+    with it. What is compiled meanwhile still is: torch makes a graph of the branches of `cond` and kin that way."""
+    plain: Any = torch.compile
+
+    def compiled(model: Any = None, **options: Any) -> Any:
+        made = plain(model, **options)
+        if model is None or isinstance(model, torch.nn.Module):
+            return made
+
+        @functools.wraps(model)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with _stance("default"):
+                return made(*args, **kwargs)
+
+        return run
+
+    vars(torch)["compile"] = compiled
+    try:
+        with _stance("force_eager"):
+            yield
+    finally:
+        vars(torch)["compile"] = plain
 
 
 def _is_tracker(owner: object) -> bool:

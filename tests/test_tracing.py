@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import roo_rewrite as roo
-from roo_rewrite.tracing import Traceable
+from roo_rewrite.tracing import Traceable, as_written
 
 
 def instead(function: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -174,3 +174,48 @@ def test_rows_taken_apart_one_by_one_end_the_trace_at_once(rows: Callable[[Tenso
     assert "taken apart row by row" in str(rewritten.report)
     counts = torch.tensor([2, 1])
     torch.testing.assert_close(rewritten(u, x, num_impressions=counts), model(u[[0, 0, 1]], x))
+
+
+class PartlyCompiled(nn.Module):
+    def __init__(self, backend: Callable[..., Any]):
+        super().__init__()
+        self.user = torch.compile(nn.Linear(4, 4), backend=backend)
+        self.item = nn.Linear(4, 4)
+        self.item.compile(backend=backend)
+        self.mix = torch.compile(lambda h, x: (h * x).sum(-1), backend=backend)
+
+    def forward(self, u: Tensor, x: Tensor) -> Any:
+        return self.mix(self.user(u).relu(), self.item(x))
+
+
+@torch.no_grad()
+def test_a_compiled_part_is_traced_as_written() -> None:
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.manual_seed(0)
+    model = PartlyCompiled(backend).eval()
+    u, x, spec = torch.randn(6, 4), torch.randn(6, 4), roo.FeatureSpec(request=["u"], impression=["x"])
+    rewritten = roo.rewrite(model, (u, x), spec=spec, check=True)
+    assert not graphs
+    assert rewritten._whole_program().plan.request
+    counts = torch.tensor([2, 0, 3])
+    found = rewritten(u[:3], x[:5], num_impressions=counts)
+    assert not graphs
+    torch.testing.assert_close(found, model(u[:3].repeat_interleave(counts, 0), x[:5]))
+    assert graphs
+
+
+def test_what_torch_compiles_for_itself_is_compiled() -> None:
+    """The branches of `cond` have gradients only then."""
+    layer, x = nn.Linear(3, 3), torch.randn(4, 3)
+    with as_written():
+        torch.cond(x.sum() < 1e9, lambda x: layer(x), lambda x: x.sin(), (x,)).sum().backward()
+        assert torch.compile(layer, backend="eager")(x).shape == (4, 3)
+        doubled = torch.compile(backend="eager")(lambda x: x * 2)
+        assert torch.equal(doubled(x), x * 2)
+    assert layer.weight.grad is not None
+    assert torch.compile.__module__ == "torch"

@@ -240,16 +240,21 @@ def tensordot(s: Splitter, app: Application) -> Form | None:
     if not in_parts(x, last):
         return None
     if y.ndim == 1:
-        row = s.builder.call(aten.unsqueeze.default, y.node, 0)
-        made = product(s, x, last, row, None, aten.linear.default)
-        return None if made is None else s.op(aten.squeeze.dim, made, last)
+        return _one_row(s, x, y)
     weight = y.node if others[0] % 2 else s.builder.call(aten.t.default, y.node)
     return product(s, x, last, weight, None, aten.linear.default)
 
 
+def _one_row(s: Splitter, x: Form, y: Whole) -> Form | None:
+    """The last dim of x, in parts, against a vector."""
+    row = s.builder.call(aten.unsqueeze.default, y.node, 0)
+    made = product(s, x, x.ndim - 1, row, None, aten.linear.default)
+    return None if made is None else s.op(aten.squeeze.dim, made, x.ndim - 1)
+
+
 @handles("aten.mm.default", "aten.matmul.default")
 def matmul(s: Splitter, app: Application) -> Form | None:
-    """x @ matrix is a linear map; other products are in `splits.products`."""
+    """x @ matrix is a linear map, x @ vector one of one row; other products are in `splits.products`."""
     from passes.splits.columns import constant_matrix, over_columns
     from passes.splits.products import bilinear
 
@@ -258,6 +263,8 @@ def matmul(s: Splitter, app: Application) -> Form | None:
     if x.ndim > 1 and in_parts(x, x.ndim - 1) and matrix:
         assert isinstance(y, Whole)
         return product(s, x, x.ndim - 1, s.builder.call(aten.t.default, y.node), None, aten.linear.default)
+    if x.ndim > 1 and in_parts(x, x.ndim - 1) and isinstance(y, Whole) and y.ndim == 1 and is_static(y.shape[0]):
+        return _one_row(s, x, y)
     if constant_matrix(x) and y.ndim == 3 and in_parts(y, 1):
         assert isinstance(x, Whole)
         return over_columns(s, y, x.node)

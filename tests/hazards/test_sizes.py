@@ -353,6 +353,7 @@ def test_a_trial_has_no_more_than_the_rewritten_model() -> None:
     model = ChoosesByTensor().eval()
     spec = roo.FeatureSpec(request=["u"], impression=["x"])
     rewritten = roo.rewrite(model, (torch.randn(6, 4), torch.randn(6, 4)), spec=spec, split="never")
+    assert "whose bodies are not followed" in str(rewritten.report)
     u, x, counts = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([2, 0, 3])
     want = model(u.repeat_interleave(counts, 0), x)
     torch.testing.assert_close(rewritten(u, x, num_impressions=counts), want)
