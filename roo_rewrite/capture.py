@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from roo_rewrite.adapter import Adapter, rehearsed
 from roo_rewrite.branches import Branches, Place, on_data
+from roo_rewrite.data_sizes import not_fixed
 from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.guards import BATCH, Guards
@@ -315,6 +316,7 @@ def _export(
         same_way(run, trace)
         out_values, out_tree = adapter.returned
     graph, constants = unlifted(program, model)
+    not_fixed(graph)
     settled_buffers(graph, numbers.read)
     if drawn and (sites or draws.count != drawn or not drop_unread(graph)):
         raise CaptureError(DRAWS)

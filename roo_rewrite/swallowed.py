@@ -36,6 +36,7 @@ _PAST_A_CACHE = frozenset({("einops.einops", "_apply_recipe")})
 _STDLIB = sysconfig.get_path("stdlib") + os.sep
 
 
+@functools.lru_cache(4096)
 def foreign(file: str) -> bool:
     """Whether a file is torch's, Python's or ours, so not the model's."""
     installed = "site-packages" in file or "dist-packages" in file

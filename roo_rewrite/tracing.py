@@ -36,8 +36,9 @@ def size_fixed(error: BaseException) -> bool:
 
 
 def python_only(error: BaseException) -> bool:
-    """Whether the trace met what only an interpreter of the model's bytecode follows: a size made an int, NumPy."""
-    return size_fixed(error) or "numpy" in str(error)
+    """Whether the trace met what only an interpreter of the model's bytecode follows: a size or a value made an int,
+    NumPy."""
+    return size_fixed(error) or any(text in str(error) for text in ("numpy", "extract specialized integer"))
 
 
 class _LostCallError(RuntimeError):

@@ -36,6 +36,13 @@ class Positions(Plain):
         return self.mix(self.user(u) * torch.tanh(self.seen(u_len, u_len.max().item())), x)  # type: ignore[arg-type]
 
 
+class PositionsOfAnInt(Positions):
+    hoists = True
+
+    def forward(self, u_len: Tensor, u: Tensor, x: Tensor) -> Tensor:
+        return self.mix(self.user(u) * torch.tanh(self.seen(u_len, int(u_len.max()))), x)
+
+
 class ItemPositions(Positions):
     """Negative: the longest of the items is not the request's."""
 
@@ -131,3 +138,32 @@ def test_the_request_part_asks_which_requests_are_there() -> None:
         made.request_part(*drawn)
     scores = made.impression_part(made.request_part(*drawn, num_impressions=counts), item, num_impressions=counts)
     torch.testing.assert_close(scores, model(*(t.repeat_interleave(counts, 0) for t in drawn), item))
+
+
+class TrimmedBeforeALeaf(nn.Module):
+    """Histories as long as the longest go through a recurrent net, which no trace follows at a width that data decides.
+
+    In a trace the leaf is as wide as it was when the model was run, and so would be whatever meets it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.GRU(4, 4, batch_first=True)
+
+    def forward(self, u_seq: Tensor, u_len: Tensor, x: Tensor) -> Tensor:
+        longest = u_len.max().item()
+        states, _ = self.net(u_seq[:, :longest])
+        return torch.cat([states, x[:, None].expand(-1, longest, -1)], -1).mean(1).sum(1)
+
+
+@torch.no_grad()
+def test_a_width_of_the_example_is_none_of_another_batch() -> None:
+    torch.manual_seed(0)
+    model = TrimmedBeforeALeaf()
+    spec = roo.FeatureSpec(request=["u_*"], impression=["x"])
+    example = (torch.randn(6, 5, 4), torch.full((6,), 5), torch.randn(6, 4))
+    rewritten = roo.rewrite(model, example, spec=spec)
+    assert "for the number it has in the example" in str(rewritten.report)
+    u, length, x, counts = torch.randn(3, 5, 4), torch.tensor([3, 5, 2]), torch.randn(5, 4), torch.tensor([2, 0, 3])
+    want = model(u.repeat_interleave(counts, 0), length.repeat_interleave(counts), x)
+    torch.testing.assert_close(rewritten(u, length, x, num_impressions=counts), want)
