@@ -78,11 +78,6 @@ class LeafSite:
         return {tensors.index(cast(int, v.steps)) for v in found if isinstance(v, Steps)}
 
     @property
-    def checked(self) -> bool:
-        """Whether what it gives is held against the sizes of its trace: a function, or one of packed sequences."""
-        return self.called or self.packed
-
-    @property
     def called(self) -> bool:
         """Whether it is a plain function."""
         return isinstance(self.function, types.FunctionType)
@@ -107,7 +102,9 @@ class LeafSite:
     def check(self, outputs: Sequence[Tensor]) -> None:
         """Raises OtherSizesError where it gives other sizes than those its trace was built on."""
         steps = self._steps()
-        for at, (out, (first, second)) in enumerate(zip(outputs, self.shapes, strict=True)):
+        if len(outputs) != len(self.shapes):
+            raise OtherSizesError(f"{self.label} gives {len(outputs)} tensors, not {len(self.shapes)}")
+        for at, (out, (first, second)) in enumerate(zip(outputs, self.shapes)):
             other = [d for d, (a, b) in enumerate(zip(first, second)) if a == b and (d != 1 or at not in steps)]
             if out.ndim != len(first) or any(out.shape[d] != first[d] for d in other):
                 raise OtherSizesError(f"{self.label} gives {list(out.shape)}, not {list(first)} as for the example")

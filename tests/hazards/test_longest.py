@@ -156,14 +156,22 @@ class TrimmedBeforeALeaf(nn.Module):
         return torch.cat([states, x[:, None].expand(-1, longest, -1)], -1).mean(1).sum(1)
 
 
+class DividedByAWidth(TrimmedBeforeALeaf):
+    def forward(self, u_seq: Tensor, u_len: Tensor, x: Tensor) -> Tensor:
+        states, _ = self.net(u_seq[:, : u_len.max().item()])
+        return (states.sum(1) / states.shape[1] * x).sum(1)
+
+
 @torch.no_grad()
-def test_a_width_of_the_example_is_none_of_another_batch() -> None:
+@pytest.mark.parametrize("kind", [TrimmedBeforeALeaf, DividedByAWidth])
+def test_a_width_of_the_example_is_none_of_another_batch(kind: type[TrimmedBeforeALeaf]) -> None:
     torch.manual_seed(0)
-    model = TrimmedBeforeALeaf()
+    model = kind()
     spec = roo.FeatureSpec(request=["u_*"], impression=["x"])
     example = (torch.randn(6, 5, 4), torch.full((6,), 5), torch.randn(6, 4))
     rewritten = roo.rewrite(model, example, spec=spec)
-    assert "for the number it has in the example" in str(rewritten.report)
+    refused = "for the number it has in the example" in str(rewritten.report)
+    assert refused is (kind is TrimmedBeforeALeaf)
     u, length, x, counts = torch.randn(3, 5, 4), torch.tensor([3, 5, 2]), torch.randn(5, 4), torch.tensor([2, 0, 3])
     want = model(u.repeat_interleave(counts, 0), length.repeat_interleave(counts), x)
     torch.testing.assert_close(rewritten(u, length, x, num_impressions=counts), want)
