@@ -78,6 +78,11 @@ class LeafSite:
         return {tensors.index(cast(int, v.steps)) for v in found if isinstance(v, Steps)}
 
     @property
+    def checked(self) -> bool:
+        """Whether it was observed: what it gives is then held against those sizes. A TorchRec lookup knows its own."""
+        return bool(self.shapes)
+
+    @property
     def called(self) -> bool:
         """Whether it is a plain function."""
         return isinstance(self.function, types.FunctionType)

@@ -29,7 +29,8 @@ class LeafCall(nn.Module):
     def forward(self, *tensors: Tensor) -> list[Tensor]:
         root, site = self.__dict__["_target"]
         made: list[Tensor] = site.call(root, tensors)
-        site.check(made)
+        if site.checked:
+            site.check(made)
         return made
 
 
@@ -103,7 +104,7 @@ class Program:
     @functools.cached_property
     def checked(self) -> bool:
         """Whether a call may find that the batch is not one of the trace: by a leaf's sizes, or by the rows kept."""
-        return self.captured is not None and (self.captured.kept or bool(self.captured.sites))
+        return self.captured is not None and (self.captured.kept or any(s.checked for s in self.captured.sites))
 
     def names(self, inputs: Inputs) -> tuple[str, ...]:
         """The names of what crosses: of the request's atoms where nothing could be proved."""
