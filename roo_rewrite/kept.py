@@ -272,10 +272,14 @@ def settled(graph: Graph, bodies: nn.Module, batch: sympy.Symbol | None, rows: i
         elif node.target is torch.ops.roo.put_rows.default:
             _put(node.graph, node)
     for node in sources:
-        for user in list(node.users):  # its size is the batch's
+        mask: Any = node.args[0]
+        for user in list(node.users):  # how many there are is told by kept rows: that is of their region, too
             if not isinstance(user.target, OpOverload):
                 raise CaptureError("the rows that a mask keeps go into a region of their own")
-            replaced(node.graph, user, user.target, node.args[0], *user.args[1:])
+            with node.graph.inserting_before(user):
+                kept = node.graph.call_function(kept_rows, (mask, mask))
+            kept.meta = dict(mask.meta)
+            replaced(node.graph, user, user.target, kept, *user.args[1:])
         node.graph.erase_node(node)
     return True
 

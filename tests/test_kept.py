@@ -215,6 +215,20 @@ def test_what_is_no_row_by_itself_stays(region: Region) -> None:
         same(model, rewritten, counts)
 
 
+def ones_summed(model: Kept, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    mask = lengths > 0
+    kept = steps[mask].sum(1)
+    return put_back(steps, mask, kept) / torch.ones(kept.shape[0]).sum()
+
+
+@pytest.mark.parametrize("region", [how_many, how_many_outside, numbered, ones_summed])
+def test_the_number_of_kept_rows_is_no_value_where_the_example_keeps_all(region: Region) -> None:
+    model = Kept(region).eval()
+    steps, lengths, item = example()
+    rewritten = roo.rewrite(model, (steps, lengths.clamp(min=1), item), spec=SPEC, fanout=10)
+    same(model, rewritten, [2, 0, 3, 1, 1, 1, 2, 1])
+
+
 def same(model: nn.Module, rewritten: roo.RequestModel, counts: list[int], lengths: Tensor | None = None) -> None:
     steps, known, _ = example()
     number = torch.tensor(counts)
