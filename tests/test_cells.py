@@ -37,7 +37,7 @@ class Evolving(nn.Module):
         data, sizes, order, back = steps
         state = torch.zeros(int(sizes[0]), D)
         last, outs, at = torch.zeros(int(sizes[0]), D), torch.zeros(data.size(0), D), 0
-        for size in sizes:
+        for size in sizes.tolist():  # numbers, which no trace has
             state = self.cell(data[at : at + size], state[:size], weights.data[at : at + size])
             outs[at : at + size] = state
             last[:size] = state
