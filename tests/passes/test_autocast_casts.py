@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from passes.autocast_casts import _Sample
 from passes.normalize import normalize
 from roo_rewrite.emit import runnable
 from roo_rewrite.facts import AUTOCAST
@@ -126,3 +127,10 @@ def test_doubles_are_not_cast(captured: Callable[..., Any]) -> None:
     trace, _ = captured(in_region(lambda m, u, x: u.double() @ m.w.double()))
     normalize(trace)
     assert [n.args[1] for n in trace.graph.nodes if n.target is aten.to.dtype] == [torch.float64] * 2
+
+
+def test_samples_are_shares_whole_numbers_and_truths() -> None:
+    """Whole numbers that are all 0 would be lengths without a step."""
+    for dtype in (torch.int64, torch.bool):
+        assert set(_Sample(torch.zeros(60, dtype=dtype)).tensor().tolist()) == {0, 1}
+    assert len(set(_Sample(torch.zeros(60)).tensor().tolist()) - {0.0, 1.0}) > 1
