@@ -67,6 +67,19 @@ def test_without_any_traffic_a_product_takes_its_flops() -> None:
     assert price.batched(3, 100, 5, 7) == pytest.approx(flops / CPU.matrix_flops_per_ns)
 
 
+def test_without_any_flops_a_product_takes_its_traffic() -> None:
+    free = float("inf")
+    price = priced(product_flops_per_ns=free, matrix_flops_per_ns=free, matrix_ns=0.0)
+    operands = (torch.ones(300, 5), torch.ones(5, 7), torch.ones(300, 7))
+    traffic = sum(t.numel() * t.element_size() for t in operands)
+    assert price.batched(1, 300, 5, 7) == pytest.approx(traffic / CPU.product_bytes_per_ns)
+    assert price.batched(3, 300, 5, 7) == pytest.approx(3 * traffic / CPU.matrix_bytes_per_ns)
+    weights = operands[1].numel() * operands[1].element_size()  # stay in the cache
+    assert price.product((300, 7), 5, Provenance.CONSTANT) == pytest.approx(
+        (traffic - weights) / CPU.product_bytes_per_ns
+    )
+
+
 def test_a_product_of_few_columns_is_no_faster_than_what_it_moves() -> None:
     price, side = priced(), Provenance.IMPRESSION
     four, eight = (price.product((1000, 64), inner, side) for inner in (4, 8))
