@@ -137,7 +137,6 @@ class _Lowered:
 
     def run(self) -> None:
         steps: dict[Any, Callable[..., Node | None]] = {
-            roo.step_sources.default: self._sources,
             roo.packed_data.default: self._data,
             roo.padded_data.default: self._padded,
             roo.step_rows.default: self._step,
@@ -170,16 +169,6 @@ class _Lowered:
         for _ in range(like.meta["val"].ndim - made.meta["val"].ndim):
             made = called(self.graph, aten.unsqueeze.default, made, -1)
         return made
-
-    def _sources(self, node: Node, mask: Node) -> None:
-        """What tells the sizes of rows is of these rows, so that what has such a size is of them, too."""
-        for part in list(node.users):
-            at: Any = part.args[1]
-            if at == 0:
-                made = self._of(called(self.graph, aten.view.default, mask, [-1]), mask, _ALL)
-            else:
-                made = self._of(called(self.graph, aten.select.int, mask, 1, at - 1), mask, at - 1)
-            part.replace_all_uses_with(made)
 
     def _data(self, node: Node, steps: Node, mask: Node, source: Node) -> Node | None:
         first = called(self.graph, aten.slice.Tensor, steps, 1, 0, 1)
@@ -267,4 +256,4 @@ def _by_entry(node: Node) -> bool:
     """Whether an op on all packed entries treats each by itself."""
     target = node.target
     plain = isinstance(target, OpOverload) and _POINTWISE in target.tags
-    return plain or target in (aten.linear.default, aten.sym_size.int, aten.zeros.default, aten.new_zeros.default)
+    return plain or target in (aten.linear.default, aten.sym_size.int)

@@ -13,7 +13,7 @@ trace can follow. Padded, every row is by itself. What comes out is the same:
 - what lies behind the length is put to 0 first, so that no gradient of it is left, not even 0 * inf.
 
 A row of length 0, or one that is too long, raises, as when packed. What is not said here (other fields of a
-packed sequence but for `loops`, the cell state, dropout between layers, projections) raises while tracing, and
+packed sequence, the cell state, dropout between layers, projections) raises while tracing, and
 the module it happens in becomes a leaf. A leaf takes and gives packed sequences as `Steps`: they are packed for its
 call and padded after it.
 """

@@ -14,14 +14,11 @@ import roo_rewrite as roo
 from passes.annotate import Policy, annotate
 from passes.normalize import normalize
 from passes.packed_loops import written_out
-from roo_rewrite.capture import _capture, trace_batch, trace_rows
-from roo_rewrite.errors import CaptureError
+from roo_rewrite.capture import capture
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import bind_inputs
-from roo_rewrite.kept import Masked
-from roo_rewrite.loops import Loops
 
-ROWS, T, D = 5, 2, 2
+ROWS, T, D = 6, 3, 2
 SPEC = roo.FeatureSpec(["steps", "lengths"], ["item"])
 Loop = Callable[..., Any]
 
@@ -45,7 +42,7 @@ class Stepped(nn.Module):
 
 
 class Model(nn.Module):
-    """Steps `[B, 2, 2]` are read by a loop with the item's weights, twice the same lengths."""
+    """Steps `[B, 3, 2]` are read by a loop with the item's weights, twice the same lengths."""
 
     def __init__(self, loop: Loop, across: bool = False):
         super().__init__()
@@ -59,9 +56,7 @@ class Model(nn.Module):
         weights = torch.softmax((states * item.unsqueeze(1)).sum(2), 1)
         found = self.net(sequence, packed(weights, lengths.flip(0) if self.across else lengths))
         if not isinstance(found, Tensor):
-            found = (
-                pad_packed_sequence(found[0], batch_first=True, padding_value=-1.0, total_length=T)[0].sum(1) + found[1]
-            )
+            found = pad_packed_sequence(found, batch_first=True, padding_value=-1.0, total_length=T)[0].sum(1)
         return self.top(torch.cat([found, item], 1)).squeeze(1)
 
 
@@ -72,29 +67,39 @@ def packed(x: Tensor, lengths: Tensor) -> PackedSequence:
 def example() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     steps, item = torch.randn(ROWS, T, D, generator=generator), torch.randn(ROWS, D, generator=generator)
-    return steps, torch.tensor([1, 2, 1, 2, 1]), item
+    return steps, torch.tensor([3, 1, 2, 3, 2, 1]), item
 
 
-def states(net: Stepped, sequence: PackedSequence, weights: PackedSequence) -> tuple[PackedSequence, Tensor]:
-    """The state at each step, and each row's last."""
+def states(net: Stepped, sequence: PackedSequence, weights: PackedSequence) -> PackedSequence:
     data, sizes, order, places = sequence
     weight, _, _, _ = weights
     h = torch.zeros(net.rows(sizes), D, dtype=data.dtype, device=data.device)
-    last = torch.zeros(sizes[0], D, dtype=data.dtype)
     out = torch.zeros(data.size(0), D, dtype=data.dtype, device=data.device)
     begin = 0
     for size in sizes:
         new = net.cell(data[begin : begin + size], h[0:size], weight[begin : begin + size])
         out[begin : begin + size] = new
-        last[:size] = new
         h = new
         begin += size
-    return PackedSequence(out, sizes, order, places), last[places]
+    return PackedSequence(out, sizes, order, places)
 
 
-def test_a_loop_over_packed_steps_is_traced() -> None:
-    model = Model(states).eval()
-    rewritten = roo.rewrite(model, example(), spec=SPEC, fanout=10)
+def last(net: Stepped, sequence: PackedSequence, weights: PackedSequence) -> Tensor:
+    data, sizes = sequence.data, sequence.batch_sizes
+    h = torch.zeros(sizes[0], D, dtype=data.dtype)
+    out = torch.zeros(sizes[0], D, dtype=data.dtype)
+    begin = 0
+    for size in sizes:
+        h = net.cell(data[begin : begin + size], h[:size], weights.data[begin : begin + size])
+        out[:size] = h
+        begin = begin + size
+    return out[sequence.unsorted_indices]
+
+
+@pytest.mark.parametrize(("loop", "training"), [(states, True), (last, False)])
+def test_a_loop_over_packed_steps_is_traced(loop: Loop, training: bool) -> None:
+    model = Model(loop).train(training)
+    rewritten = roo.rewrite(model, example(), spec=SPEC, fanout=10, check=True)
     program = rewritten._whole_program()
     assert program.captured is not None
     assert not program.captured.sites
@@ -104,7 +109,7 @@ def test_a_loop_over_packed_steps_is_traced() -> None:
 
 
 def changed(**by: Callable[..., Any]) -> Loop:
-    """A loop that gives each row's last state, with something else done at one place."""
+    """A loop as `last`, with something else done at one place."""
 
     def loop(net: Stepped, sequence: PackedSequence, weights: PackedSequence) -> Tensor:
         data, sizes = sequence.data, sequence.batch_sizes
@@ -131,38 +136,41 @@ def written_into(new: Tensor, h: Tensor, size: Any) -> Tensor:
 ASKING: dict[str, Loop] = {
     "how many steps there are": changed(out=lambda out, count: out / count),
     "how many rows have a step": changed(new=lambda new, h, size: new / size),
-    "how many entries there are, as a sum": changed(
-        out=lambda out, count: out, read=lambda data, begin, size: data[begin : begin + size] / torch.ones(size).sum()
-    ),
+    "how many entries there are": changed(read=lambda data, begin, size: data[begin : begin + size] / data.size(0)),
     "whether one row has a step": changed(new=lambda new, h, size: new if size > 1 else new * 2),
     "the other rows of a step": changed(new=lambda new, h, size: new - new.mean(0)),
     "rows in one dim, if there is one": changed(new=lambda new, h, size: new.squeeze()),
+    "other entries": changed(read=lambda data, begin, size: data[:size]),
+    "all entries": changed(out=lambda out, count: out * count, read=lambda data, begin, size: data.cumsum(0)[:size]),
     "rows in their order": changed(back=lambda out: out),
     "what it has written since": changed(new=written_into),
-    "entries of other lengths": changed(),
 }
 
 
 def traced(model: nn.Module) -> bool:
-    """Whether the model's loop is traced, and proved to be what it is on rows alone."""
     inputs = bind_inputs(model.forward, example(), {}, SPEC)
     atoms, statics = inputs.flatten(example(), {}, Provenance.IMPRESSION)
-    batch = trace_batch(model, atoms)
-    given = (model, inputs, trace_rows(inputs, atoms, batch), statics, (), batch, Masked(True), 0, frozenset[Any]())
-    try:
-        captured = _capture(*given, Loops(True))
-    except CaptureError:
-        return False
-    assert captured.looped
-    captured.shorter = lambda steps: _capture(*given, Loops(True, steps))
+    captured = capture(model, inputs, atoms, statics, ())
     normalize(captured)
-    return written_out(captured, lambda: annotate(captured, inputs, model, Policy()))
+    return captured.looped and written_out(captured, lambda: annotate(captured, inputs, model, Policy()))
 
 
 @pytest.mark.parametrize("asked", ASKING)
 def test_a_loop_that_asks_for_more_is_a_leaf(asked: str) -> None:
-    assert not traced(Model(ASKING[asked], across=asked == "entries of other lengths"))
+    assert not traced(Model(ASKING[asked]))
 
 
-def test_another_loop_is_traced() -> None:
-    assert traced(Model(changed(new=lambda new, h, size: torch.relu(new) + torch.zeros(size, D))))
+def test_loops_of_other_lengths_and_dropout_are_leaves() -> None:
+    assert traced(Model(changed()))
+    assert traced(Model(changed(new=lambda new, h, size: torch.relu(new))))
+    assert not traced(Model(states, across=True))
+    assert not traced(Model(changed(new=lambda new, h, size: nn.functional.dropout(new, 0.5))))
+
+
+def test_a_loop_that_counts_its_steps_is_not_used() -> None:
+    model = Model(ASKING["how many steps there are"])
+    rewritten = roo.rewrite(model, (example()[0], torch.full((ROWS,), T), example()[2]), spec=SPEC, fanout=10)
+    steps, _, item = example()
+    counts = torch.ones(ROWS, dtype=torch.long)
+    short = torch.tensor([1, 2, 1, 2, 2, 1])
+    torch.testing.assert_close(rewritten(steps, short, item, num_impressions=counts), model(steps, short, item))
