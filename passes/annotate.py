@@ -51,7 +51,7 @@ from roo_rewrite.facts import (
 from roo_rewrite.guards import BATCH
 from roo_rewrite.inputs import Atom, Inputs
 from roo_rewrite.kjt import Lookup
-from roo_rewrite.ops.kept import kept_rows, marked_entries, some_rows, sorted_rows, step_rows, unsorted_rows
+from roo_rewrite.ops.kept import kept_rows, marked_entries, some_rows, sorted_rows, unsorted_rows
 from roo_rewrite.probing import probe
 from roo_rewrite.rules.registry import Extent, Operand, find, infer, make_call, op_name
 
@@ -168,8 +168,6 @@ def _batching(captured: Captured, node: Node, model: nn.Module, policy: Policy) 
         return _leaf(captured, node, model, policy)
     if node.target in (kept_rows, marked_entries, some_rows, sorted_rows, unsorted_rows):
         return _rowwise_by_agreement(node)
-    if node.target is step_rows:
-        return annotation(_told_by(node)[0]).batching
     if not isinstance(node.target, OpOverload):
         raise NotRowWise(f"no row rule for {op_name(node.target)}")
     random = torch.Tag.nondeterministic_seeded in node.target.tags
@@ -214,9 +212,9 @@ def _rowwise_by_agreement(node: Node) -> Batching:
 
 
 def _told_by(node: Node) -> list[Node]:
-    """What a value depends on: of sorted rows that are put back, not their order; of those of a step, not the mask."""
+    """What a value depends on: of sorted rows that are put back, not their order."""
     sources = node.all_input_nodes
-    return sources[:1] if node.target in (sorted_rows, unsorted_rows, step_rows) else sources
+    return sources[:1] if node.target in (sorted_rows, unsorted_rows) else sources
 
 
 def _of_inputs(value: Any) -> bool:

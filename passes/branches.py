@@ -47,7 +47,7 @@ _TOTAL |= {"clone", "logical_not", "bitwise_not", "logical_and", "bitwise_and", 
 _TOTAL |= {"any", "all", "isnan", "isinf", "lift_fresh_copy", "copy", *_RESHAPED}
 
 
-class Numbers:
+class _Numbers:
     """Equal values of traces of one model have equal numbers.
 
     known: the masks, by number, that are true everywhere or nowhere. passed: ops that give an operand back for it.
@@ -102,7 +102,7 @@ class Numbers:
         """The number of the operand that this op gives back."""
         if node.target in _COPIES:
             return made[node.args[0]]  # type: ignore[index]
-        kept = self.kept(node, made)
+        kept = self._kept(node, made)
         if not isinstance(kept, Node):
             return None
         before, after = kept.meta["val"], node.meta["val"]
@@ -111,7 +111,7 @@ class Numbers:
         self.passed.add(node)
         return made[kept]
 
-    def kept(self, node: Node, made: dict[Node, int]) -> Any:
+    def _kept(self, node: Node, made: dict[Node, int]) -> Any:
         args: Any = node.args
         if node.target is aten.index_put.default:
             return args[0] if any(self._is(i, made) is False for i in args[1] if i is not None) else None
@@ -176,7 +176,7 @@ def settled(captured: Captured) -> bool:
 
 def _proved(general: Captured) -> bool:
     normalize(general)
-    numbers = Numbers().of(general)
+    numbers = _Numbers().of(general)
     alike: dict[int, list[Place]] = {}
     for place, condition in zip(general.branches, _conditions(general)):
         alike.setdefault(numbers[condition], []).append(place)
@@ -206,7 +206,7 @@ def _same(general: Captured, choice: Iterable[int], alike: dict[int, list[Place]
     if other.sites or not set(other.branches) <= set(general.branches):
         return False
     normalize(other)
-    numbers = Numbers()
+    numbers = _Numbers()
     mine = numbers.of(general)
     known = dict(zip(general.branches, _conditions(general)))
     for number in choice:
@@ -221,19 +221,19 @@ def _same(general: Captured, choice: Iterable[int], alike: dict[int, list[Place]
     return (
         all(_total(n) and _no_gradient(n, mine, theirs) for n in extra)
         and all(mine[known[place]] == others[condition] for place, condition in asked.items())
-        and [mine[n] for n in mine if acts(n)] == [others[n] for n in others if acts(n)]
-        and orders(mine) == orders(others)
-        and results(general, mine) == results(other, others)
+        and [mine[n] for n in mine if _acts(n)] == [others[n] for n in others if _acts(n)]
+        and _orders(mine) == _orders(others)
+        and _results(general, mine) == _results(other, others)
         and (general.out_values, general.out_tree) == (other.out_values, other.out_tree)
         and general.accepts == other.accepts
     )
 
 
-def acts(node: Node) -> bool:
+def _acts(node: Node) -> bool:
     return node.op == "call_function" and keeps(node)
 
 
-def orders(nodes: Iterable[Node]) -> list[list[int] | None]:
+def _orders(nodes: Iterable[Node]) -> list[list[int] | None]:
     """In what order each draw goes through its operand: in another one, equal seeds give other masks."""
     return [drawn_order(n) for n in nodes if draws(n)]
 
@@ -255,6 +255,6 @@ def _no_gradient(node: Node, mine: dict[Node, int], theirs: set[int]) -> bool:
     )
 
 
-def results(captured: Captured, numbers: dict[Node, int]) -> _Key:
+def _results(captured: Captured, numbers: dict[Node, int]) -> _Key:
     returned: Any = captured.graph.output_node().args[0]
     return _frozen(returned[: len(returned) - len(captured.branches)], numbers)

@@ -13,8 +13,6 @@ Run on the annotated graph. Nothing is changed.
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -69,27 +67,22 @@ def _visit(node: Node, masks: set[Node], region: dict[Node, Node]) -> str | None
     region[node] = mask
     if node.target is unsorted_rows:
         return "rows are put back that were not sorted so"
-    return (None if starts else mixed(node, region)) or _rows(node, mask)
+    return (None if starts else _inside(node, region)) or _rows(node, mask)
 
 
 def _rows(node: Node, mask: Node) -> str | None:
     """Why a value of the region has no rows, or must not be there at all."""
-    if node.target is kept_rows and annotation(mask).provenance is Provenance.IMPRESSION:
-        return "the mask depends on the impression"
-    return rowless(node)
-
-
-def rowless(node: Node) -> str | None:
-    """Why a value of a region has no rows."""
     known = annotation(node)
     if isinstance(known.batching, Size):
         return None
+    if node.target is kept_rows and annotation(mask).provenance is Provenance.IMPRESSION:
+        return "the mask depends on the impression"
     if not all(isinstance(part, (Rows, RowIndex)) for part in parts(known.batching)):
         return known.reason or "a value of such rows has no rows"
     return None
 
 
-def mixed(node: Node, region: Container[Node]) -> str | None:
+def _inside(node: Node, region: dict[Node, Node]) -> str | None:
     """Why a node is not row-wise on the rows of its region."""
     if EFFECT in node.meta or WEIGHTED in node.meta:
         return "batch norm, or a write, sees how many rows are kept"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,6 @@ from roo_rewrite.errors import CaptureError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 from roo_rewrite.kept import Masked
-from roo_rewrite.loops import Followed
 from roo_rewrite.outputs import COMPUTED, COMPUTED_VALUE, flatten_output
 from roo_rewrite.purity import twin
 from roo_rewrite.tracing import no_lost_calls
@@ -33,12 +31,10 @@ class Adapter(nn.Module):
         statics: Sequence[Any],
         branches: Branches | None = None,
         masked: Masked | None = None,
-        looping: Followed | None = None,
     ):
         super().__init__()
         self.__dict__["_masked"] = masked
         self.__dict__["_branches"] = branches
-        self.__dict__["_looping"] = looping
         self.model = model
         self.__dict__["_call"] = (inputs, statics)
         self.__dict__["_out"] = None
@@ -50,8 +46,7 @@ class Adapter(nn.Module):
         for count in counts[1:]:
             torch._check(count == counts[0])  # type: ignore[no-untyped-call]
         args, kwargs = inputs.unflatten(atoms, Provenance.IMPRESSION, statics)
-        with self.__dict__["_looping"] or contextlib.nullcontext():  # before export says slices in its own way
-            values, tree = flatten_output(self.model(*args, **kwargs))
+        values, tree = flatten_output(self.model(*args, **kwargs))
         self.__dict__["_out"] = ([v if not isinstance(v, COMPUTED) else COMPUTED_VALUE for v in values], tree)
         branches, masked = self.__dict__["_branches"], self.__dict__["_masked"]
         values = masked.assured(values) if masked is not None else values

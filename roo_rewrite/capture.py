@@ -31,8 +31,6 @@ from roo_rewrite.kept import Masked, settled
 from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
 from roo_rewrite.lifted import unlifted
-from roo_rewrite.loops import Followed, Loops, followed
-from roo_rewrite.loops import settled as settled_loops
 from roo_rewrite.methods import Leaf, Unfit, confirm, failed_in, named
 from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.packed import padded_sequences
@@ -69,7 +67,6 @@ class Captured:
     again: the trace that goes the other way at some of them.
     kept: whether rows that a mask removes are among all others in the graph (see `kept`).
     numbers: whether forward reads numbers off buffers of `assumed` (see `read_numbers`).
-    looped: whether loops over packed steps are in the graph (see `loops`). shorter: the trace in which they end early.
     """
 
     model: nn.Module
@@ -90,8 +87,6 @@ class Captured:
     again: Callable[[Set[Place]], Captured] | None = None
     kept: bool = False
     numbers: bool = False
-    looped: bool = False
-    shorter: Callable[[int], Captured] | None = None
 
     def returned(self, tensors: Sequence[Tensor]) -> Any:
         """The flat outputs of the graph in the structure of the original's."""
@@ -137,39 +132,25 @@ def capture(
     leaves: Sequence[str],
     against: Set[Place] | None = frozenset(),
     kept: bool = True,
-    loops: bool = True,
 ) -> Captured:
     """Traces a copy of `model` in its present mode. A module that cannot be traced becomes a leaf, and is noted.
 
     against: where the trace takes the less general way of a condition on values (`branches`); None to take neither.
     kept: rows that a mask removes are traced among all others, where that can be done.
-    loops: loops over packed steps are traced on all rows, where that can be done.
 
     Raises CaptureError when the model cannot be run on the example, or not be traced at all.
     """
     batch = trace_batch(model, atoms)
     example = trace_rows(inputs, atoms, batch)
     drawn = _pure(model, inputs, example, statics)
-
-    def traced(kept: bool, looped: Loops) -> Captured:
-        masked = Masked(kept)
-        try:
-            return _capture(model, inputs, example, statics, leaves, batch, masked, drawn, against, looped)
-        except CaptureError:
-            if not masked.used and not looped.used:
-                raise
-            if looped.used:
-                return traced(kept, Loops(False))
-            return traced(False, looped)
-
-    captured = traced(kept, Loops(loops))
-    captured.again = lambda places: capture(
-        model, inputs, atoms, statics, leaves, places, kept and captured.kept, captured.looped
-    )
-    if captured.looped:
-        captured.shorter = lambda steps: _capture(
-            model, inputs, example, statics, leaves, batch, Masked(captured.kept), drawn, against, Loops(True, steps)
-        )
+    masked = Masked(kept)
+    try:
+        captured = _capture(model, inputs, example, statics, leaves, batch, masked, drawn, against)
+    except CaptureError:
+        if not masked.used:
+            raise
+        captured = _capture(model, inputs, example, statics, leaves, batch, Masked(False), drawn, against)
+    captured.again = lambda places: capture(model, inputs, atoms, statics, leaves, places, kept and captured.kept)
     return captured
 
 
@@ -183,7 +164,6 @@ def _capture(
     masked: Masked,
     drawn: int,
     against: Set[Place] | None,
-    loops: Loops,
 ) -> Captured:
     chosen, notes, unfit = list[Leaf](outermost(leaves)), dict[Leaf, str](), set[Leaf]()
     written: Set[str] = set()
@@ -194,7 +174,7 @@ def _capture(
             with sizes_kept() if seeking else contextlib.nullcontext():
                 asked = Branches(against or frozenset()) if branching else None
                 captured = _export(
-                    copied, inputs, example, statics, chosen, batch, masked, False, drawn, asked, written, loops
+                    copied, inputs, example, statics, chosen, batch, masked, False, drawn, asked, written
                 )
         except WrittenError as e:
             written = written | e.names
@@ -217,8 +197,6 @@ def _capture(
             if size_fixed(e) and not seeking:
                 seeking = True
                 continue
-            if loops.used:
-                raise CaptureError(f"a loop over packed steps cannot be traced: {brief(e)}") from e
             leaf = next((p for p in failed_in(copied, e) if p not in unfit and p not in chosen), None)
             if leaf is None:
                 raise CaptureError(f"the model cannot be traced: {brief(e)}") from e
@@ -283,15 +261,13 @@ def _export(
     drawn: int = 0,
     branches: Branches | None = None,
     written: Set[str] = frozenset(),
-    loops: Loops | None = None,
 ) -> Captured:
     sites, paths = list[LeafSite](), [p for p in leaves if isinstance(p, str)]
     with watched() as run:
         _observe(twin(model), inputs, example, statics, leaves, sites, batch, masked)
     if strict and (sites or run.raised):
         raise CaptureError("an autograd.Function, and what catches exceptions, is not interpreted")
-    looping = Followed(loops or Loops(False))
-    adapter = Adapter(model, inputs, statics, branches, *((None, None) if strict else (masked, looping)))
+    adapter = Adapter(model, inputs, statics, branches, None if strict else masked)
     numbers = ReadNumbers(model, written)
     adapter.training = model.training
     shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
@@ -304,8 +280,7 @@ def _export(
                 around.enter_context(patch)
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())
-            around.enter_context(padded_sequences(looping.fields))
-            around.enter_context(followed(looping, model))
+            around.enter_context(padded_sequences())
             around.enter_context(Traceable())
             around.enter_context(numbers)
             around.enter_context(branches or contextlib.nullcontext())
@@ -323,7 +298,6 @@ def _export(
     symbols = _batch_symbols(program, inputs, graph)
     accepts = Guards.of(program, symbols, example, batch)
     rows = next((s for s, e in symbols.items() if e == BATCH), None)
-    settled_loops(graph, program.graph_module, looping, batch)
     kept = settled(graph, program.graph_module, rows, batch)
     return Captured(
         model,
@@ -341,7 +315,6 @@ def _export(
         branches=tuple(branches.asked) if branches else (),
         kept=kept,
         numbers=bool(numbers.read),
-        looped=looping.loops.used,
     )
 
 

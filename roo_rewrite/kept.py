@@ -264,7 +264,7 @@ def settled(graph: Graph, bodies: nn.Module, batch: sympy.Symbol | None, rows: i
     sizes = {n.meta["val"].shape[0].node.expr: batch for n in sources}
     for node in nodes:
         if "val" in node.meta:
-            node.meta["val"] = pytree.tree_map(lambda v: resized(v, sizes, rows), node.meta["val"])
+            node.meta["val"] = pytree.tree_map(lambda v: _resized(v, sizes, rows), node.meta["val"])
             node.meta.pop("unbacked_bindings", None)
     for node in nodes:
         if node.target is aten.index_select.default and node.args[2] in sources:
@@ -296,19 +296,19 @@ def _put(graph: Graph, node: Node) -> None:
     replaced(graph, node, aten.where.self, over, values, out)
 
 
-def resized(value: Any, sizes: dict[Any, sympy.Expr], rows: int) -> Any:
-    """A traced value whose sizes in terms of `sizes` are in terms of the batch, traced on so many rows."""
+def _resized(value: Any, sizes: dict[Any, sympy.Symbol], rows: int) -> Any:
+    """A traced value whose sizes in terms of `sizes` are in terms of the batch."""
     if isinstance(value, torch.SymInt):
         expr = value.node.expr
         if not expr.free_symbols & set(sizes):
             return value
         env: ShapeEnv = value.node.shape_env
         swapped = expr.subs(sizes)
-        hint = swapped.subs({s: rows for e in sizes.values() for s in e.free_symbols})
+        hint = swapped.subs(dict.fromkeys(sizes.values(), rows))
         return env.create_symintnode(swapped, hint=int(hint) if hint.is_Integer else None)
     if not isinstance(value, Tensor):
         return value
-    shape, stride = ([resized(s, sizes, rows) for s in part] for part in (value.shape, value.stride()))
+    shape, stride = ([_resized(s, sizes, rows) for s in part] for part in (value.shape, value.stride()))
     if all(a is b for a, b in zip([*value.shape, *value.stride()], [*shape, *stride])):
         return value
     with value.fake_mode:  # type: ignore[attr-defined]

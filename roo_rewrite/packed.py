@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -32,45 +31,24 @@ from torch.nn.utils import rnn
 from torch.utils import _pytree as pytree
 
 
-class Unknown:
+class _Unknown:
     """What only a packed sequence has."""
 
 
-Fields = Callable[["Padded"], tuple[Any, ...]]
-
-
 class Padded(rnn.PackedSequence):
-    """Stands for a packed sequence while tracing: `steps [B, T, ...]`, `lengths [B]`, `mask [B, T]`.
-
-    fields: what tells its data, sizes and orders (see `loops`); None where nothing does.
-    """
+    """Stands for a packed sequence while tracing: `steps [B, T, ...]`, `lengths [B]`, `mask [B, T]`."""
 
     steps: Tensor
     lengths: Tensor
     mask: Tensor
-    fields: Fields | None
 
-    def __new__(cls, steps: Tensor, lengths: Tensor, mask: Tensor, fields: Fields | None = None) -> Padded:
-        made = tuple.__new__(cls, (Unknown(),) * 4)
-        made.steps, made.lengths, made.mask, made.fields = steps, lengths, mask, fields
+    def __new__(cls, steps: Tensor, lengths: Tensor, mask: Tensor) -> Padded:
+        made = tuple.__new__(cls, (_Unknown(),) * 4)
+        made.steps, made.lengths, made.mask = steps, lengths, mask
         return made
 
-    def _told(self) -> tuple[Any, ...]:
-        return (Unknown(),) * 4 if self.fields is None else self.fields(self)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._told())
-
-    def __getitem__(self, at: Any) -> Any:
-        return self._told()[at]
-
-    data = property(lambda self: self._told()[0])
-    batch_sizes = property(lambda self: self._told()[1])
-    sorted_indices = property(lambda self: self._told()[2])
-    unsorted_indices = property(lambda self: self._told()[3])
-
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        raise untold("to(...) of a packed sequence")
+        raise _untold("to(...) of a packed sequence")
 
 
 class Steps(NamedTuple):
@@ -121,14 +99,14 @@ def _descending_shape(lengths: Tensor) -> Tensor:
     return torch.empty_like(lengths)
 
 
-def untold(what: str) -> RuntimeError:
+def _untold(what: str) -> RuntimeError:
     return RuntimeError(f"{what} cannot be traced")
 
 
 def pack(input: Tensor, lengths: Any, batch_first: bool = False, enforce_sorted: bool = True) -> Padded:
     """`pack_padded_sequence` while tracing."""
     if not isinstance(lengths, Tensor):
-        raise untold("packing by a list of lengths")
+        raise _untold("packing by a list of lengths")
     if enforce_sorted:
         lengths = torch.ops.roo.descending(lengths)
     steps = input if batch_first else input.transpose(0, 1)
@@ -136,7 +114,7 @@ def pack(input: Tensor, lengths: Any, batch_first: bool = False, enforce_sorted:
     longest = steps.shape[1]
     upto = torch.ones(longest, longest, dtype=torch.bool, device=steps.device).tril()
     mask = upto.index_select(0, at)  # no row of the table for a length of 0, or one too long
-    return Padded(_masked(steps, mask, 0.0), lengths, mask, None if enforce_sorted else _fields.get())
+    return Padded(_masked(steps, mask, 0.0), lengths, mask)
 
 
 def pad(
@@ -144,7 +122,7 @@ def pad(
 ) -> tuple[Tensor, Tensor]:
     """`pad_packed_sequence` while tracing."""
     if not isinstance(sequence, Padded):
-        raise untold("a packed sequence that a leaf has made")
+        raise _untold("a packed sequence that a leaf has made")
     steps, longest = _masked(sequence.steps, sequence.mask, padding_value), sequence.steps.shape[1]
     lengths = sequence.lengths.to("cpu", torch.long)
     if total_length is None:
@@ -153,11 +131,8 @@ def pad(
         torch._check(stop <= longest)  # type: ignore[no-untyped-call]
         steps = steps[:, :stop]
     elif total_length != longest:
-        raise untold("padding to another length than before packing")
+        raise _untold("padding to another length than before packing")
     return steps if batch_first else steps.transpose(0, 1), lengths
-
-
-_fields: ContextVar[Fields | None] = ContextVar("fields", default=None)
 
 
 def _masked(steps: Tensor, mask: Tensor, value: float) -> Tensor:
@@ -167,7 +142,7 @@ def _masked(steps: Tensor, mask: Tensor, value: float) -> Tensor:
 def _recurrent(layer: nn.RNNBase, packed: Padded, hx: Any) -> tuple[Padded, Any]:
     """A recurrent layer of any depth over a packed sequence."""
     if layer.proj_size or (layer.dropout and layer.training and layer.num_layers > 1):
-        raise untold("a projected state, or dropout between layers, of a packed sequence")
+        raise _untold("a projected state, or dropout between layers, of a packed sequence")
     directions, x, last = 1 + layer.bidirectional, packed.steps, list[Tensor]()
     for depth in range(layer.num_layers):
         outs = []
@@ -180,7 +155,7 @@ def _recurrent(layer: nn.RNNBase, packed: Padded, hx: Any) -> tuple[Padded, Any]
                 outs[-1] = _turned(outs[-1], packed)
         x = torch.cat(outs, -1) if len(outs) > 1 else outs[0]
     h_n = torch.stack(last)
-    return Padded(x, packed.lengths, packed.mask, packed.fields), (h_n, Unknown()) if layer.mode == "LSTM" else h_n
+    return Padded(x, packed.lengths, packed.mask), (h_n, _Unknown()) if layer.mode == "LSTM" else h_n
 
 
 def _at(hx: Any, at: int) -> Any:
@@ -216,11 +191,8 @@ def _last(x: Tensor, packed: Padded) -> Tensor:
 
 
 @contextlib.contextmanager
-def padded_sequences(fields: Fields | None = None) -> Iterator[None]:
-    """While active, packing keeps its sequences padded, whoever imported the functions by name.
-
-    fields: tells of one that was packed in any order its data, sizes and orders.
-    """
+def padded_sequences() -> Iterator[None]:
+    """While active, packing keeps its sequences padded, whoever imported the functions by name."""
     swapped: list[tuple[Any, types.CodeType]] = []
     forwards = [(cls, cls.forward) for cls in (nn.GRU, nn.LSTM, nn.RNN)]
 
@@ -235,11 +207,9 @@ def padded_sequences(fields: Fields | None = None) -> Iterator[None]:
         function.__code__ = stand_in.__code__
     for cls, original in forwards:
         cls.forward = handing(original)  # type: ignore[method-assign]
-    token = _fields.set(fields)
     try:
         yield
     finally:
-        _fields.reset(token)
         for function, code in swapped:
             function.__code__ = code
         for cls, original in forwards:

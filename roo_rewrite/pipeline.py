@@ -32,7 +32,6 @@ import passes.lower
 import passes.mask_gain
 import passes.normalize
 import passes.own_columns
-import passes.packed_loops
 import passes.partition
 import passes.sorted_rows
 import passes.split
@@ -66,7 +65,6 @@ class Options:
     split: passes.split.Mode = "priced"
     otherwise: frozenset[tuple[str, str]] = frozenset()
     kept: bool = True
-    loops: bool = True
 
 
 def rewrite(
@@ -183,20 +181,14 @@ def _build(
 ) -> Program:
     original, inputs = model._original, model._inputs
     leaves = [*options.leaves, *(p for p in default_leaves(original) if p not in options.leaves)]
-    captured = capture(original, inputs, example, statics, leaves, kept=options.kept, loops=options.loops)
+    captured = capture(original, inputs, example, statics, leaves, kept=options.kept)
     if captured.branches and captured.kept:  # both ways of a condition are compared on the rows as they are
-        captured = capture(original, inputs, example, statics, leaves, kept=False, loops=options.loops)
+        captured = capture(original, inputs, example, statics, leaves, kept=False)
     if captured.branches and not passes.branches.settled(captured):
-        captured = capture(
-            original, inputs, example, statics, leaves, against=None, kept=options.kept, loops=options.loops
-        )
+        captured = capture(original, inputs, example, statics, leaves, against=None, kept=options.kept)
     stages = _stages(options, captured, inputs, original, example, name)
     passes.normalize.normalize(captured)
     legality.normalized(captured.graph)
-    if captured.looped and not passes.packed_loops.written_out(
-        captured, lambda: passes.annotate.annotate(captured, inputs, captured.model, _policy(options))
-    ):
-        return _build(replace(options, loops=False), model, example, statics, name)
     if not _rows_back(captured, inputs, options):
         return _build(replace(options, kept=False), model, example, statics, name)
     program = _compile(captured, inputs, options, name, stages)
@@ -205,8 +197,6 @@ def _build(
     if found is not None:
         if options.check:
             raise EquivalenceError(f"the rewritten model differs from the original: {found}", where=found)
-        if captured.looped:
-            return _build(replace(options, loops=False), model, example, statics, name)
         if captured.kept:
             return _build(replace(options, kept=False), model, example, statics, name)
         if options.split != "never":

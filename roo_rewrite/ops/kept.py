@@ -43,11 +43,6 @@ def unsorted_rows(x: Tensor, order: Tensor) -> Tensor:
     return x.index_select(0, order.argsort())
 
 
-def step_rows(x: Tensor, mask: Tensor, at: int | None) -> Tensor:
-    """x of any shape. Its rows are those of step `at` that mask `[B, T]` has, or all as they are (None)."""
-    return x
-
-
 def kept_source(mask: Tensor, num_impressions: Tensor | None = None) -> Tensor:
     """The row that `kept_rows` takes for each: int64 `[B]`. Raises FewRowsError where it keeps one or none of several.
 
