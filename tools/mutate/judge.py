@@ -87,10 +87,11 @@ class Chosen:
 
 
 def forget(tree: Path) -> None:
-    """The product and its tests will be imported anew; all else stays as it was imported."""
+    """The product and its tests will be imported anew; all else stays as it was imported, and is looked at no more."""
     for name, module in list(sys.modules.items()):
         if name.split(".")[0] in COLD or str(getattr(module, "__file__", None)).startswith(f"{tree}{os.sep}"):
             del sys.modules[name]
+    gc.freeze()  # a fork that looks at all objects copies them
 
 
 def forked(tree: Path, work: Callable[[], str], limit: float) -> str:
