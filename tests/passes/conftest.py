@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -33,11 +33,13 @@ class Called(nn.Module):
 
 @pytest.fixture
 def captured() -> Callable[..., tuple[Captured, Inputs]]:
-    """`captured(function, training=False)`: the trace of a function of (model, u [B, 4], x [B, 4])."""
+    """`captured(function, training=False)`: a function of (model, u [B, 4], x [B, 4]), traced; or of other sizes."""
 
-    def make(function: Callable[..., Any], training: bool = False) -> tuple[Captured, Inputs]:
+    def make(
+        function: Callable[..., Any], training: bool = False, u: Sequence[int] = (4,), x: Sequence[int] = (4,)
+    ) -> tuple[Captured, Inputs]:
         model = Called(function).train(training)
-        example = (torch.randn(3, 4), torch.randn(3, 4))
+        example = (torch.randn(3, *u), torch.randn(3, *x))
         inputs = bind_inputs(model.forward, example, {}, roo.FeatureSpec(["u"], ["x"]))
         atoms, statics = inputs.flatten(example, {}, Provenance.IMPRESSION)
         return capture(model, inputs, atoms, statics, []), inputs
