@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import pickle
-import warnings
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+import roo_rewrite
 from roo_rewrite.data import DemotedFeature, RequestBatch, RequestCollate, RequestSampler, concat, group
 from roo_rewrite.errors import DataError, InputError, SpecError
 from roo_rewrite.features import FeatureSpec
@@ -275,20 +280,21 @@ def test_a_batch_goes_through_export():
 
 
 def test_a_batch_goes_through_ddp(tmp_path):
-    dist = torch.distributed
-    store = f"file://{tmp_path / 'store'}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        try:
-            scorer = Scorer()
-            wrapped = torch.nn.parallel.DistributedDataParallel(scorer)
-            batch = group(
-                {"user": torch.zeros(2, 1), "item": torch.rand(2, 2)}, [1, 1], FeatureSpec(["user"], ["item"])
-            )
-            wrapped(batch).sum().backward()
-        finally:
-            dist.destroy_process_group()
+    """In a process of its own, which says where it stands if it does not end: gloo's threads outlive a test."""
+    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path / "store")]
+    root = str(Path(roo_rewrite.__file__).parent.parent)
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
+    assert ended.returncode == 0, ended.stderr
+
+
+def through_ddp(store):
+    faulthandler.dump_traceback_later(200, exit=True)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    scorer = Scorer()
+    wrapped = torch.nn.parallel.DistributedDataParallel(scorer)
+    batch = group({"user": torch.zeros(2, 1), "item": torch.rand(2, 2)}, [1, 1], FeatureSpec(["user"], ["item"]))
+    wrapped(batch).sum().backward()
+    torch.distributed.destroy_process_group()
     assert scorer.linear.weight.grad is not None
 
 
@@ -348,3 +354,7 @@ def test_collate_names_what_is_missing():
         collate([{"user": 1.0, "item": 2.0}])
     with pytest.raises(DataError, match="must be mappings"):
         collate([torch.zeros(2)])
+
+
+if __name__ == "__main__":
+    through_ddp(sys.argv[1])
