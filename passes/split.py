@@ -94,7 +94,7 @@ class Application:
 
 
 _TOPICS = """blocks joins picks views sums linear chains addmm conv products einsum reductions extremes norms batch_norm
-masks attention rnn cells written"""
+masks attention rnn cells written group_norm cumsum"""
 
 
 _VIEWED = ("aten.gru_cell.default",)  # whose handlers take views as they are

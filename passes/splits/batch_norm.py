@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from passes.forms import PROVENANCE, Blocks, Form, Whole, is_mixed
 from passes.split import Application, Splitter, handles
-from passes.splits.blocks import has_early, pick_form, running
-from passes.splits.scaled import sides_of
+from passes.splits.blocks import pick_form
+from passes.splits.scaled import runs_of, sides_of
 from roo_rewrite.facts import Provenance
 
 _OF_CHANNELS = ("weight", "bias", "running_mean", "running_var")
@@ -29,7 +29,7 @@ def batch_norm(s: Splitter, app: Application) -> Form | None:
         return None
     if not all(app[name] is None or isinstance(app[name], Whole) for name in _OF_CHANNELS):
         return None
-    pieces = _runs(s, x) if app["training"] else sides_of(s, x)
+    pieces = runs_of(s, x) if app["training"] else sides_of(s, x)
     if len(pieces) < 2 or not _pays(s, x, pieces):
         return None
     place: dict[int, tuple[Node, int]] = {}
@@ -42,18 +42,6 @@ def batch_norm(s: Splitter, app: Application) -> Form | None:
         parts.append(pick_form(s, Whole(mine[0][0]), 1, [i for _, i in mine]))
         start += size
     return Blocks(1, tuple(parts))
-
-
-def _runs(s: Splitter, x: Blocks) -> list[tuple[Node, tuple[int, ...]]]:
-    """Neighbouring parts of one side as one, with their channels."""
-    runs: list[tuple[bool, list[Node], list[int]]] = []
-    for part, size, end in zip(x.parts, x.sizes, running(x.sizes)):
-        early = has_early(part)
-        if not runs or runs[-1][0] != early:
-            runs.append((early, [], []))
-        runs[-1][1].append(s.builder.whole(part))
-        runs[-1][2].extend(range(end - size, end))
-    return [(s.builder.cat(nodes, 1), tuple(places)) for _, nodes, places in runs]
 
 
 def _of_piece(s: Splitter, app: Application, node: Node, places: Sequence[int]) -> Node:

@@ -1,25 +1,31 @@
-"""An einsum of more than two operands, two at a time.
+"""An einsum of more than two operands, two at a time; a bilinear map as the linear map of an outer product.
 
 einsum("bfd,bgd,fg->b", T, T, w)  =  einsum("bfg,fg->b", einsum("bfd,bgd->bfg", T, T), w)
 einsum("bi,eij,bj->bei", x, w, x) =  einsum("bei,bi->bei", einsum("eij,bj->bei", w, x), x)
 einsum("bfd,ofo->bd", T, w)       =  einsum("bfd,fo->bd", T, diagonal(w))
 einsum("bfd,ofx->bod", T, w)      =  einsum("bfd,of->bod", T, sum(w, 2))
+einsum("bi,nij,bj->bn", c, w, E a)  =  einsum("bi,bni->bn", c, E einsum("nij,bj->bni", w, a))
+bilinear(x, y, W)                 =  linear(flatten(x outer y), W)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 
-from passes.forms import Blocks, Expanded, Form, Sum, Whole, dtype_of, provenance, same_size
+from passes.forms import Blocks, Expanded, Form, Sum, Whole, dtype_of, hint, is_mixed, is_static, provenance, same_size
 from passes.split import Application, Splitter, handles
 from passes.splits.products import bilinear, moves
+from passes.splits.views import reshaped
 from roo_rewrite.facts import Provenance
 from roo_rewrite.rules.matmul import spelled_out
 
 aten = torch.ops.aten
+_MANY = 4
 
 
 @handles("aten.einsum.default")
@@ -29,12 +35,14 @@ def einsum(s: Splitter, app: Application) -> Form | None:
     tensors = app["tensors"]
     if len(tensors) == 2:
         return bilinear(s, app, *tensors)
-    if len(tensors) < 3 or app["path"] is not None or all(isinstance(f, Whole) for f in tensors):
+    if len(tensors) < 3 or app["path"] is not None:
         return None
     left, out = spelled_out(app["equation"], [f.ndim for f in tensors]).split("->")
     names = left.split(",")
     if not _plain(tensors, names):
         return None
+    if all(isinstance(f, Whole) for f in tensors):
+        return _in_turn(s, list(zip(tensors, names)), out)
     left_over, moved = list(zip(tensors, names)), False
     while len(left_over) > 1:
         first, second, kept = _next_pair(left_over, out)
@@ -56,6 +64,74 @@ def _next_pair(operands: Sequence[tuple[Form, str]], out: str) -> tuple[tuple[Fo
             return first, second, kept
         found.append((first, second, kept))
     return found[0]
+
+
+Named = tuple[str, Provenance]
+
+
+def _in_turn(s: Splitter, operands: list[tuple[Form, str]], out: str) -> Form | None:
+    """Whole operands in the cheapest order, where that is cheaper than all of them from left to right."""
+    sizes = {c: n for f, letters in operands for c, n in zip(letters, f.shape)}
+    named = [(letters, provenance(f)) for f, letters in operands]
+    if len(named) > _MANY or {side for _, side in named} < {Provenance.REQUEST, Provenance.IMPRESSION}:
+        return None
+    before = _spent(s, sizes, [(c, Provenance.IMPRESSION) for c, _ in named], out, [(0, 1)] * (len(named) - 1))
+    after, steps = min((_spent(s, sizes, named, out, steps), steps) for steps in _orders(len(named)))
+    if not s.take("einsum: two at a time", before, after + s.price.start(len(steps) - 1)):
+        return None
+    for step in steps:
+        rest, (first, second) = _rest(operands, step), (operands[i] for i in step)
+        kept = _kept(first[1], second[1], [letters for _, letters in rest], out)
+        kept = "".join(sorted(kept, key=lambda c: is_static(sizes[c])))  # the batch first, as products are read
+        made = s.op(aten.einsum.default, f"{first[1]},{second[1]}->{kept}", [first[0], second[0]])
+        operands = [(made, kept), *rest]
+    ((result, names),) = operands
+    return result if names == out else s.op(aten.permute.default, result, [names.index(c) for c in out])
+
+
+def _orders(count: int) -> list[list[tuple[int, int]]]:
+    """All orders of taking operands in pairs; the product of a pair comes first among those left."""
+    if count == 1:
+        return [[]]
+    return [[pair, *rest] for pair in combinations(range(count), 2) for rest in _orders(count - 1)]
+
+
+def _rest(operands: Sequence[Any], step: tuple[int, int]) -> list[Any]:
+    return [operand for i, operand in enumerate(operands) if i not in step]
+
+
+def _kept(first: str, second: str, others: Sequence[str], out: str) -> str:
+    """Letters of the product of two operands: those of the result, in its order, then what others read."""
+    both = dict.fromkeys(first + second)
+    last = [c for c in out if c in both] + [c for c in both if c not in out and any(c in o for o in others)]
+    return "".join(last)
+
+
+def _spent(s: Splitter, sizes: dict[str, Any], named: list[Named], out: str, steps: Sequence[tuple[int, int]]) -> float:
+    """Time of the products of these steps, each at the rate of its side."""
+    total = 0.0
+    for i, j in steps:
+        (first, one), (second, other) = named[i], named[j]
+        rest, side = _rest(named, (i, j)), max(one, other)
+        kept = _kept(first, second, [letters for letters, _ in rest], out)
+        inner = math.prod(hint(sizes[c]) for c in {*first, *second} - set(kept))
+        total += s.price.product(tuple(sizes[c] for c in kept) or (1,), inner, side)
+        named = [(kept, side), *rest]
+    return total
+
+
+@handles("aten.bilinear.default")
+def bilinear_map(s: Splitter, app: Application) -> Form | None:
+    """x [..., i] and y [..., j] by a weight [N, i, j], where parts of either belong to the request."""
+    x, y, weight, bias = (app[name] for name in ("input1", "input2", "weight", "bias"))
+    sides = {provenance(x), provenance(y)}
+    mixed = is_mixed(x) or is_mixed(y) or sides == {Provenance.REQUEST, Provenance.IMPRESSION}
+    if not mixed or not isinstance(weight, Whole) or not (dtype_of(x) is dtype_of(y) is dtype_of(weight)):
+        return None
+    n, i, j = weight.shape
+    rows = s.builder.call(aten.reshape.default, weight.node, [n, i * j])
+    pairs = s.op(aten.mul.Tensor, s.op(aten.unsqueeze.default, x, x.ndim), s.op(aten.unsqueeze.default, y, y.ndim - 1))
+    return s.op(aten.linear.default, reshaped(s, pairs, (*x.shape[:-1], i * j)), Whole(rows), bias)
 
 
 def _constants_alone(s: Splitter, app: Application) -> Application:

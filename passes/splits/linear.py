@@ -11,6 +11,7 @@ put side by side, so that each side has one contiguous block. Weight slices are 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -74,10 +75,10 @@ def product(
     atoms = joined(atoms_of(s, x, dim, Meets(tuple(range(k)), weight)))
     means = [a for a in atoms if dim == x.ndim - 1 and emit is aten.linear.default and weighted.inside(s, a, n)]
     atoms = added(s, [a for a in atoms if a not in means])
-    inside = [a for a in atoms if dim == 1 and shape is None and _factored(a, weight) is not None]
+    products = {a: f for a in atoms if shape is None and (f := _factored(a, weight, dim)) is not None}
     shape = shape or with_size(x.shape, dim, n)
-    groups = grouped([a for a in atoms if a not in inside], dim - x.ndim)
-    cells = outer.cells(s, [(f, a.columns, a.index) for a in inside if (f := _factored(a, weight)) is not None])
+    groups = grouped([a for a in atoms if a not in products], dim - x.ndim)
+    cells = outer.cells(s, [(f, a.columns, a.index) for a, f in products.items()])
     if not _pays(s, x, groups, cells, shape, n, k, emit is aten.linear.default, runs):
         return None
     terms: list[tuple[float, Form]] = []
@@ -97,24 +98,12 @@ def product(
     return Sum(tuple(terms), shape) if terms else None
 
 
-def _factored(atom: Atom, weight: Node) -> outer.Factors | None:
-    """The factors of an atom that is a whole outer product of both sides."""
+def _factored(atom: Atom, weight: Node, dim: int) -> outer.Factors | None:
+    """The factors of an atom that is a whole outer product of both sides, flattened to `dim`."""
     if atom.coefficient != 1 or atom.factor is not None or atom.weight is not weight:
         return None
-    found = outer.factors(atom.node)
+    found = outer.factors(atom.node, dim)
     return found if found is not None and outer.covers(found, atom.index) else None
-
-
-def _inside_price(s: Splitter, cell: outer.Cell, n: int) -> float:
-    """The request's factor into the weight, then what is left per impression."""
-    h, m = (int(f.meta["val"].shape[1]) for f in (cell.early, cell.late))
-    shape = tuple(cell.late.meta["val"].shape)
-    batch, rest = shape[0], shape[2:]
-    per_request = s.price.product((batch, n, m, *rest), h, Provenance.REQUEST, n * m)
-    per_impression = s.price.batched(s.price.rows((batch, *rest), Provenance.REQUEST), s.price.fanout, m, n)
-    # The weights of a request are laid out as matrices.
-    weights = s.price.move((batch, n, m, *rest), Provenance.REQUEST, 4.0)
-    return per_request + weights + per_impression + 2 * s.price.move((batch, n, *rest)) + s.price.start(6)
 
 
 def _pays(
@@ -139,7 +128,7 @@ def _pays(
     after += sum(price.move((*g.lead, n)) for g in products if g.side is not impression)
     after += price.move(shape, times=1.0 if onto else 2.0) * max(len(groups) - 1, 0)
     after += price.start(2 * max(len(groups) - 1, 0))
-    after += sum(_inside_price(s, c, n) for c in cells)
+    after += sum(outer.price(s, c, n) for c in cells)
     if runs is not None:
         before += price.gathered(x.shape, impression, runs[0])
         after += sum(price.gathered((*g.lead, g.inner), g.side, runs[1]) for g in products)
@@ -228,21 +217,30 @@ def _weight(s: Splitter, atoms: Sequence[Atom]) -> Node:
 
 @handles("aten.tensordot.default")
 def tensordot(s: Splitter, app: Application) -> Form | None:
-    """One dim of x against one of a matrix is a linear map; against a vector, one of one row."""
+    """Dims of x against those of weights: a linear map of x, what is contracted flattened."""
+    from passes.splits.views import reshaped, to_shape
+
     x, y, dims, others = app.form("self"), app.form("other"), app["dims_self"], app["dims_other"]
-    if len(dims) != 1 or not isinstance(y, Whole) or y.ndim > 2 or not all(is_static(v) for v in y.shape):
+    swapped = isinstance(x, Whole) and all(is_static(v) for v in x.shape)
+    if swapped:
+        x, y, dims, others = y, x, others, dims
+    if not dims or not isinstance(y, Whole) or not all(is_static(v) for v in y.shape):
         return None
-    at, last = dims[0] % x.ndim, x.ndim - 1
-    if not in_parts(x, at):
+    dims, others = [d % x.ndim for d in dims], [d % y.ndim for d in others]
+    rest, free = ([d for d in range(f.ndim) if d not in gone] for f, gone in ((x, dims), (y, others)))
+    lead, many = tuple(x.shape[d] for d in rest), tuple(y.shape[d] for d in free)
+    last = x if [*rest, *dims] == list(range(x.ndim)) else s.op(aten.permute.default, x, [*rest, *dims])
+    flat = to_shape(s, last, (*lead, math.prod(x.shape[d] for d in dims)))
+    if flat is None or not in_parts(flat, len(lead)):
         return None
-    if at != last:
-        x = s.op(aten.permute.default, x, [*(d for d in range(x.ndim) if d != at), at])
-    if not in_parts(x, last):
+    turned = s.builder.call(aten.permute.default, y.node, [*free, *others])
+    weight = s.builder.call(aten.reshape.default, turned, [math.prod(many), flat.shape[-1]])
+    made = product(s, flat, len(lead), weight, None, aten.linear.default)
+    if made is None:
         return None
-    if y.ndim == 1:
-        return _one_row(s, x, y)
-    weight = y.node if others[0] % 2 else s.builder.call(aten.t.default, y.node)
-    return product(s, x, last, weight, None, aten.linear.default)
+    whole = reshaped(s, made, (*lead, *many))
+    order = [*range(len(lead), whole.ndim), *range(len(lead))]
+    return s.op(aten.permute.default, whole, order) if swapped else whole
 
 
 def _one_row(s: Splitter, x: Form, y: Whole) -> Form | None:

@@ -35,7 +35,8 @@ _MANY = 2
 def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
     """A product of two forms; None where no piece of it would move."""
     letters = _letters(app, x, y)
-    if letters is None or (isinstance(x, Whole) and isinstance(y, Whole)):
+    crossed = letters is not None and _crosses(app, x, y, letters)
+    if letters is None or (isinstance(x, Whole) and isinstance(y, Whole) and not (crossed and _both_sides(x, y))):
         return None
 
     def emit(a: Form, b: Form) -> Form:
@@ -44,10 +45,8 @@ def bilinear(s: Splitter, app: Application, x: Form, y: Form) -> Form | None:
         second = "mat2" if "mat2" in app.named else "other"
         return _mirrored(s, app, a, b) or s.plain(app.replaced(**{"self": a, second: b}))
 
-    if not set(letters[0] + letters[1]) - set(letters[2]):
-        return _as_outer(s, x, y, letters)
-    if str(app.target) != "aten.einsum.default" and same_size(x.shape[-1], 1) and _is_row(x, y):
-        return s.op(aten.mul.Tensor, x, y)
+    if crossed:
+        return s.op(aten.mul.Tensor, x, y) if letters[0][-1] not in letters[2] else _as_outer(s, x, y, letters)
     if str(app.target) == "aten.einsum.default":
         made = of_letters(s, x, y, letters)
         if made is not None:
@@ -83,9 +82,16 @@ def _transposed(node: Any) -> Node | None:
     return x if isinstance(x, Node) and {d % (last + 1) for d in dims} == {last - 1, last} else None  # type: ignore[operator]
 
 
-def _is_row(x: Form, y: Form) -> bool:
-    """Whether one of two matrices has one entry, all that the other's column or row is multiplied by."""
-    return x.ndim == y.ndim and (same_size(x.shape[-2], 1) or same_size(y.shape[-1], 1))
+def _crosses(app: Application, x: Form, y: Form, letters: tuple[str, str, str]) -> bool:
+    """Whether nothing is contracted: an einsum of outer products, a column times a row."""
+    if str(app.target) == "aten.einsum.default":
+        return not set(letters[0] + letters[1]) - set(letters[2])
+    return x.ndim == y.ndim and same_size(x.shape[-1], 1)
+
+
+def _both_sides(x: Form, y: Form) -> bool:
+    """Whether one of two forms depends on the impression, and the other on the request alone."""
+    return {provenance(f) for f in (x, y)} == {Provenance.REQUEST, Provenance.IMPRESSION}
 
 
 def _as_outer(s: Splitter, x: Form, y: Form, letters: tuple[str, str, str]) -> Form | None:

@@ -31,7 +31,7 @@ from passes.forms import (
     same_size,
 )
 from passes.split import Application, Splitter, handles
-from passes.splits.blocks import broadcast
+from passes.splits.blocks import broadcast, has_early, running
 from roo_rewrite.facts import Provenance
 
 aten = torch.ops.aten
@@ -88,6 +88,18 @@ def sides_of(s: Splitter, x: Blocks) -> list[tuple[Node, tuple[int, ...]]]:
         places += range(start, start + size)
         start += size
     return [(s.builder.cat(nodes, x.dim), tuple(places)) for nodes, places in found.values() if nodes]
+
+
+def runs_of(s: Splitter, x: Blocks) -> list[tuple[Node, tuple[int, ...]]]:
+    """Neighbouring parts of one side as one, with their places along the cut dim."""
+    runs: list[tuple[bool, list[Node], list[int]]] = []
+    for part, size, end in zip(x.parts, x.sizes, running(x.sizes)):
+        early = has_early(part)
+        if not runs or runs[-1][0] != early:
+            runs.append((early, [], []))
+        runs[-1][1].append(s.builder.whole(part))
+        runs[-1][2].extend(range(end - size, end))
+    return [(s.builder.cat(nodes, x.dim), tuple(places)) for _, nodes, places in runs]
 
 
 def splits(x: Form) -> bool:

@@ -22,6 +22,8 @@ SPELLINGS = {
     "addmm alone": lambda m, x: torch.addmm(m.b * torch.inf, x, m.w.t(), beta=0, alpha=2),
     "addmm other": lambda m, x: torch.addmm(x[:, :1].tanh(), x, m.w.t()),
     "addmm turned": lambda m, x: torch.addmm(m.b.unsqueeze(1), m.w, x.t()).t(),
+    "tensordot": lambda m, x: torch.tensordot(x, m.w, ([1], [1])) + m.b,
+    "tensordot turned": lambda m, x: torch.tensordot(m.w, x, ([1], [-1])).t() + m.b,
     "conv1d": lambda m, x: F.conv1d(x.unsqueeze(-1), m.w.unsqueeze(-1), m.b).squeeze(-1),
 }
 
@@ -54,6 +56,15 @@ def test_over_the_last_of_many_dims(law: Any, drawn: dict[str, int], length: int
     assert found.flops()[1] == 2 * length * 2 * (3 * request + 12 * impression)
 
 
+@pytest.mark.parametrize("dims", [([1, 2], [0, 1]), ([2, 1], [1, 0]), ([1], [0])])
+def test_dims_of_a_tensordot_are_flattened(law: Any, dims: tuple[list[int], list[int]]) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return torch.tensordot(torch.cat([u, x], 1), m.w, dims).flatten(1)
+
+    before, after = law(Model(run, w=parameter(5, 3, 2)), u=(3, 3), x=(2, 3)).flops()
+    assert after * 60 == before * (3 * 3 + 12 * 2)
+
+
 def test_linears_that_share_an_input_share_its_blocks(law: Any) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
         h = torch.cat([x[:, :2], u, x[:, 2:]], 1)
@@ -63,13 +74,13 @@ def test_linears_that_share_an_input_share_its_blocks(law: Any) -> None:
     assert found.flops() == (2 * 2 * 12 * 7 * 2, 2 * 2 * 2 * (3 * 3 + 12 * 4))
 
 
-@pytest.mark.parametrize("between", ["softmax", "cumsum", "sort", "normalize"])
+@pytest.mark.parametrize("between", ["softmax", "cumprod", "sort", "normalize"])
 def test_declines_what_mixes_the_columns_first(law: Any, between: str) -> None:
     mixes = {
         "softmax": lambda h: h.softmax(1),
-        "cumsum": lambda h: h.cumsum(1),
+        "cumprod": lambda h: h.cumprod(1),
         "sort": lambda h: h.sort(1).values,
-        "normalize": lambda h: F.normalize(h, dim=1).cumsum(1),
+        "normalize": lambda h: F.normalize(h, dim=1).cumprod(1),
     }[between]
 
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:

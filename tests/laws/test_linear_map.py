@@ -109,12 +109,3 @@ def test_numbers_times_flags_are_summed(law: Any, flags: str) -> None:
         return F.linear((numbers * (flagged[..., :1] > 0).long()).sum(1), m.w)
 
     law(Model(run, w=parameter(2, 4)), u=(3, 4), x=(3, 4))
-
-
-def test_an_outer_product_of_two_vectors_goes_through_its_map(law: Any) -> None:
-    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
-        return F.linear((u.unsqueeze(2) * x.unsqueeze(1)).flatten(1), m.w)
-
-    before, after = law(Model(run, w=parameter(4, 30)), u=(10,), x=(3,)).flops()
-    assert before == 2 * 12 * 30 * 4
-    assert after == 2 * 3 * 30 * 4 + 2 * 12 * 3 * 4
