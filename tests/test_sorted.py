@@ -58,13 +58,19 @@ def with_inverse(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) ->
     return model.state(steps[order].sum(1))[inverse]
 
 
+def with_scatter(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
+    order = torch.argsort(lengths, stable=True)
+    inverse = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
+    return model.state(steps[order].sum(1))[inverse]
+
+
 def of_both_sides(model: Sorted, steps: Tensor, lengths: Tensor, item: Tensor) -> Tensor:
     order = lengths.sort(stable=True)[1]
     kept = model.state(steps[order]).tanh() * item[order].unsqueeze(1)
     return kept.sum(1)[order.sort()[1]]
 
 
-@pytest.mark.parametrize("region", [packed, with_argsort, with_inverse, of_both_sides])
+@pytest.mark.parametrize("region", [packed, with_argsort, with_inverse, with_scatter, of_both_sides])
 def test_the_order_is_dropped(region: Region) -> None:
     model, made = rewritten(region)
     assert not any(word in made.code for word in ("sort", "topk", "descending"))

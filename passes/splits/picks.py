@@ -82,18 +82,19 @@ def pad(s: Splitter, app: Application) -> Form | None:
         if before or after:
             if not is_static(x.shape[dim]) or max(-before, 0) + max(-after, 0) >= int(x.shape[dim]):
                 return None
-            made = _padded(s, made, dim, before, after, float(value))
+            made = _padded(s, made, dim, (before, after), Filled(float(value), (), next(leaves(x))))
     return made
 
 
-def _padded(s: Splitter, x: Form, dim: int, before: int, after: int, value: float) -> Form:
+def _padded(s: Splitter, x: Form, dim: int, widths: tuple[int, int], edge: Filled) -> Form:
     """One dim padded; a negative width cuts off. Parts along another dim are padded one by one."""
     if isinstance(x, Blocks) and x.dim != dim:
-        return Blocks(x.dim, tuple(_padded(s, p, dim, before, after, value) for p in x.parts))
+        return Blocks(x.dim, tuple(_padded(s, p, dim, widths, edge) for p in x.parts))
+    before, after = widths
     size = int(x.shape[dim])
     inner = pick_form(s, x, dim, range(max(-before, 0), size - max(-after, 0)))
-    like = min(leaves(inner), key=lambda n: n.meta[PROVENANCE])
-    edges = [(Filled(value, with_size(x.shape, dim, n), like),) if n > 0 else () for n in (before, after)]
+    like = min(leaves(inner), key=lambda n: n.meta[PROVENANCE], default=edge.like)
+    edges = [(Filled(edge.value, with_size(x.shape, dim, n), like),) if n > 0 else () for n in widths]
     parts = inner.parts if isinstance(inner, Blocks) else (inner,)
     return Blocks(dim, (*edges[0], *parts, *edges[1])) if any(edges) else inner
 

@@ -60,12 +60,14 @@ def _of_terms(s: Splitter, app: Application, x: Sum, dims: Sequence[int]) -> For
 def by_side(s: Splitter, x: Blocks) -> list[Form]:
     """The parts of each side as one part, request side first; those with a form of their own stay alone.
 
-    No part is cut along the dim of `x`. Their order along it is lost.
+    No part is cut along the dim of `x`. Their order along it is lost. Parts that are cut along another dim would be
+    put together along that one, and this dim be cut in each.
     """
     sides: dict[bool, list[Form]] = {True: [], False: []}
+    out: list[Form] = [p for p in x.parts if isinstance(p, Blocks)]
     for part in x.parts:
-        sides[provenance(part) is not Provenance.IMPRESSION].append(part)
-    out: list[Form] = []
+        if not isinstance(part, Blocks):
+            sides[provenance(part) is not Provenance.IMPRESSION].append(part)
     for parts in sides.values():
         if parts:
             joined = parts[0] if len(parts) == 1 else s.op(aten.cat.default, parts, x.dim)

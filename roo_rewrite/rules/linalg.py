@@ -65,6 +65,6 @@ def solve(call: Call) -> Batching:
     vector = b.ndim == 1 or (a.ndim - 1 == b.ndim and b.shape == a.shape[:-1])
     if not call["left"] or (a.ndim - 1 == b.ndim and (a.rows is None) != (b.rows is None)):
         raise NotRowWise("a batch of as many rows as a matrix is taken for something else")
-    lead = "abcdefgh"[: max(a.ndim - 2, b.ndim - 2 + vector)]
+    lead = "abcdefgh"[: max(a.ndim, b.ndim) - 2]
     left, right = lead[len(lead) - (a.ndim - 2) :], lead[len(lead) - (b.ndim - 2 + vector) :]
     return einsum(f"{left}yx,{right}{'x' if vector else 'xz'}->{lead}{'y' if vector else 'yz'}", [a, b])

@@ -220,6 +220,8 @@ def movedim(call: Call) -> Batching:
         case("B*2 1", call=lambda n, x: (x, [2 * n, 3])),
         case("3", call=lambda n, x: (x, [n, 3])),
         case("1 3", call=lambda n, x: (x, [n, -1])),
+        case("1 B", call=lambda n, x: (x, [n, -1]), declines=True),
+        case("B 1", call=lambda n, x: (x, [-1, n]), declines=True),
     ],
 )
 def expand(call: Call) -> Batching:

@@ -35,6 +35,7 @@ ALONG = {
     "where": lambda m, x, d: torch.where(keep(m.v, x, d), x, 0.0),
     "where else": lambda m, x, d: torch.where(keep(m.v, x, d), x, keep(m.v, x, d) * m.v[0]),
     "gather": lambda m, x, d: x.gather(d, gathered(m.index, x, d)),
+    "gather one": lambda m, x, d: x.narrow(d, 0, 1).gather(d, torch.zeros_like(x).long().narrow(d, 0, 1).expand_as(x)),
 }
 
 
@@ -60,7 +61,7 @@ def test_along_the_cut_dim_and_another(law: Any, drawn: dict[str, int], name: st
     law(model, **{f: (w, 3) for f, w in drawn.items()})
 
 
-@pytest.mark.parametrize("name", sorted(set(ALONG) - {"unbind", "split"}))
+@pytest.mark.parametrize("name", sorted(set(ALONG) - {"unbind", "split", "gather one"}))
 def test_a_linear_map_that_follows_moves(law: Any, name: str) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
         h = ALONG[name](m, torch.cat([x, u, x.tanh()], 1), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import roo_rewrite as roo
 from roo_rewrite.capture import Captured, capture
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs, bind_inputs
+from roo_rewrite.legality import normalized
 
 
 class Called(nn.Module):
@@ -29,6 +31,21 @@ class Called(nn.Module):
 
     def forward(self, u: Tensor, x: Tensor) -> Any:
         return self.function(self, u, x)
+
+
+class Run(torch.fx.Interpreter):
+    """A traced graph on a batch, in float64."""
+
+    def __init__(self, trace: Captured, graph: Graph):
+        super().__init__(nn.Module(), graph=graph)
+        self.model, self.constants = copy.deepcopy(trace.model).double(), trace.constants
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target.startswith("_roo."):
+            found = self.constants[target.removeprefix("_roo.")]
+            return found.double() if found.is_floating_point() else found
+        owner, _, name = target.rpartition(".")
+        return getattr(self.model.get_submodule(owner), name)
 
 
 @pytest.fixture
@@ -78,3 +95,22 @@ def printed() -> Callable[..., str]:
         return "\n".join(lines)
 
     return show
+
+
+@pytest.fixture
+def same() -> Callable[..., None]:
+    """`same(trace, before, graph)`: both graphs give equal results on rows that have nothing in common.
+
+    A pass that comes before the broadcast must not rely on the annotation.
+    """
+
+    def check(trace: Captured, before: Graph, graph: Graph) -> None:
+        normalized(graph)
+        torch.manual_seed(0)
+        inputs = [n.meta["val"] for n in before.nodes if n.op == "placeholder" and isinstance(n.meta["val"], Tensor)]
+        batch = [torch.randn(7, *value.shape[1:], dtype=torch.float64) for value in inputs[:2]]
+        results = zip(Run(trace, graph).run(*batch), Run(trace, before).run(*batch), strict=True)
+        for i, (got, want) in enumerate(results):
+            torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10, msg=lambda m, i=i: f"output {i}: {m}")
+
+    return check

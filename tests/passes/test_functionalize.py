@@ -66,8 +66,14 @@ def frequencies(m: Any, u: Any, x: Any) -> Any:
     return torch.fft.irfft(y.conj(), n=4, dim=1) + x
 
 
+def _assigned(y: Any, x: Any) -> Any:
+    y[:] = x
+    return y
+
+
 CASES: dict[str, tuple[Callable[..., Any], str]] = {
     "select": (fills, "select_scatter("),
+    "all of it": (lambda m, u, x: _assigned(u * 2, x), "clone_default = clone(x)\nreturn [clone_default]"),
     "transpose and select": (chained, "select_scatter(t, add_tensor, 0, 1)"),
     "squeeze": (squeezed, "reshape_as("),
     "a view of what was written": (seen_through_a_view, "slice(add_"),

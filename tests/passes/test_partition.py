@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
 import fixtures
 import roo_rewrite as roo
 from fixtures import deepctr
+from passes.annotate import Policy, annotate
+from passes.partition import partition
 
 
 @pytest.mark.parametrize("fanout", [1, 2.5, 10, 64])
@@ -35,3 +40,10 @@ def test_a_model_of_one_side_has_nothing_to_cut() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
     rewritten = roo.rewrite(model, (torch.randn(5, 3),), spec=roo.FeatureSpec(impression=["input"]))
     assert not rewritten._whole_program().plan.request
+    assert str(rewritten._whole_program().plan) == "per request: nothing\ncrossing: nothing"
+
+
+def test_a_plan_names_what_runs_per_request_and_what_crosses(captured: Callable[..., Any]) -> None:
+    trace, inputs = captured(lambda m, u, x: u.exp() + x)
+    annotate(trace, inputs, trace.model, Policy())
+    assert str(partition(trace, 10.0)) == "per request: atoms_0, exp\ncrossing: exp"

@@ -7,6 +7,7 @@ impression and per request, starts of ops, and stretches of memory. No two const
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Graph
 
 import passes.partition
 import passes.split
@@ -432,15 +434,27 @@ def annotated(captured: Function, run: Function, **changes: Any) -> Captured:
     return trace
 
 
+def apart(*graphs: Graph) -> int:
+    """How many ops one of two graphs has and the other has not."""
+    a, b = (Counter(str(n.target) for n in g.nodes if n.op == "call_function") for g in graphs)
+    return ((a - b) + (b - a)).total()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_price_of_a_split(captured: Function, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     case = CASES[name]
     trace = annotated(captured, case.run, training=case.training, u=case.u, x=case.x)
     monkeypatch.setattr(passes.split, "device_of", lambda _: DEVICE)
+    graph = trace.graph
     found = passes.split.split(trace, FANOUT, "always").candidates
+    far = apart(trace.graph, graph)
     assert case.what in [c.what for c in found]
     (candidate,) = (c for c in found if c.what == case.what)
     assert (candidate.before, candidate.after) == pytest.approx((case.before, case.after), rel=1e-9)
+    trace.graph = graph
+    monkeypatch.setattr(Price, "take", lambda *_: False)
+    passes.split.split(trace, FANOUT, "always")
+    assert apart(trace.graph, graph) < far
 
 
 def test_the_price_of_a_graph(captured: Function) -> None:

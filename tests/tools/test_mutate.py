@@ -109,6 +109,8 @@ def test_a_changed_annotation_or_sample_case_means_nothing() -> None:
     assert seeds.meaning("@rule('a', cases=[1])\ndef f(): pass") == seeds.meaning(
         "@rule('a', cases=[2])\ndef f(): pass"
     )
+    made = "SHAPES = [case({})]\ndef cases() -> list[Case]: return {}"
+    assert seeds.meaning(made.format(1, 1)) == seeds.meaning(made.format(2, 2))
     assert seeds.meaning("f(a=1)") != seeds.meaning("f(a=2)")
 
 
