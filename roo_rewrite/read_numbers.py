@@ -68,14 +68,16 @@ class ReadNumbers(TorchFunctionMode):
         slot = None if tracer is None else get_proxy_slot(tensor, tracer, None)
         if slot is None:
             return None
-        behind, root = _behind([slot.proxy.node]), tracer.root
+        graph, root = slot.proxy.node.graph, tracer.root
+        behind, writes = _with_writes(graph.nodes, slot.proxy.node)
         inputs = [n for n in behind if n.op == "placeholder"]
         given = self._named(tracer) if inputs else {}
         given = {n: given[n] for n in inputs if n in given}
         if len(given) < len(inputs) or any(self._buffers[name].numel() > _LIMIT for name in given.values()):
             return None
-        graph = slot.proxy.node.graph
-        if any(n not in given and not self._known(n, root) for n in behind) or _changed(graph.nodes, behind):
+        if any(n not in given and not self._known(n, root) for n in behind):
+            return None
+        if any(n.op != "call_function" for w in writes for n in _written(w)):  # would be written here, too
             return None
         if given and not all(_of_torch(n) for n in graph.nodes):  # a leaf may write a buffer unseen
             return None
@@ -98,7 +100,8 @@ class ReadNumbers(TorchFunctionMode):
 def settled_buffers(graph: Graph, read: Collection[str]) -> None:
     """Raises WrittenError where the traced graph writes a buffer of `read`."""
     named = [n for n in graph.nodes if n.op == "get_attr" and n.target in read]
-    written = {str(n.target) for n in named if _changed(graph.nodes, {n})}
+    into = set[Node]().union(*(_written(n) for n in graph.nodes if _writes(n)))
+    written = {str(n.target) for n in named if n in into}
     if written:
         raise WrittenError(written)
 
@@ -121,7 +124,7 @@ def _made_of_numbers(node: Node) -> bool:
         return True
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return False
-    if torch.Tag.nondeterministic_seeded in target.tags or _writes(node):
+    if torch.Tag.nondeterministic_seeded in target.tags:
         return False
     made = value if isinstance(value, (tuple, list)) else [value]
     return all(isinstance(t, Tensor) and all(isinstance(s, int) for s in t.shape) and t.numel() <= _LIMIT for t in made)
@@ -141,9 +144,50 @@ def _of_torch(node: Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace == "aten"
 
 
-def _changed(nodes: Iterable[Node], behind: set[Node]) -> bool:
-    """Whether any of the nodes writes into what may share memory with one of these."""
-    return any(_writes(n) and not behind.isdisjoint(_behind(n.all_input_nodes)) for n in nodes)
+def _with_writes(nodes: Iterable[Node], last: Node) -> tuple[set[Node], list[Node]]:
+    """All that the last node is made of, with what is written into it on the way; and what writes."""
+    writers = [(n, _written(n)) for n in nodes if _writes(n)]
+    behind, found = _behind([last]), list[Node]()
+    while more := [n for n, into in writers if n not in found and not behind.isdisjoint(into)]:
+        found += more
+        behind |= _behind(more)
+    return behind, found
+
+
+def _written(node: Node) -> set[Node]:
+    """The nodes whose memory a writing node may write."""
+    return _sharing(_arguments(node, lambda a: a.alias_info is not None and a.alias_info.is_write))
+
+
+def _sharing(nodes: Collection[Node]) -> set[Node]:
+    """The nodes, and those they may share memory with among all that they are made of."""
+    found, left = set[Node](), list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += _shared(node)
+    return found
+
+
+def _shared(node: Node) -> list[Node]:
+    """The operands that the node may be a view of. One kernel of ATen says so in its schema, a composition need not."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return node.all_input_nodes
+    if any(r.alias_info is not None for r in target._schema.returns):
+        return _arguments(node, lambda a: a.alias_info is not None)
+    return node.all_input_nodes if target._can_decompose() else []
+
+
+def _arguments(node: Node, which: Callable[[Any], bool]) -> list[Node]:
+    """The operands of an op for the arguments that `which` picks."""
+    schema: Any = node.target
+    given = dict(zip((a.name for a in schema._schema.arguments), node.args, strict=False)) | node.kwargs
+    picked = [given[a.name] for a in schema._schema.arguments if a.name in given and which(a)]
+    found: list[Node] = []
+    torch.fx.map_arg(picked, found.append)  # type: ignore[arg-type]
+    return found
 
 
 def _computed(order: Collection[Node], given: Mapping[Node, Tensor], root: nn.Module) -> Any:

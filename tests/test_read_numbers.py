@@ -55,6 +55,27 @@ class OffWhatIsWritten(Mixed):
         return z[:, places[1]]
 
 
+class OffACopy(Mixed):
+    def read(self, z: Tensor) -> Tensor:
+        copy = self.order.clone()
+        first = z[:, int(copy[1])]
+        copy[1:].add_(2).remainder_(3)
+        return first * z[:, int(copy[1])]
+
+
+class OffACopyOfTheBatch(Mixed):
+    def read(self, z: Tensor) -> Tensor:
+        places = torch.zeros(3, dtype=torch.long)
+        places[1] = (z.detach() > 0).sum() % 3
+        return z[:, places[1]]
+
+
+class WritesAView(Mixed):
+    def read(self, z: Tensor) -> Tensor:
+        self.order[1:].add_(1).remainder_(3)
+        return z[:, self.order.reshape(-1)[1]]
+
+
 class WritesBefore(Mixed):
     def read(self, z: Tensor) -> Tensor:
         self.order.add_(1).remainder_(3)
@@ -103,7 +124,7 @@ def _same(model: Mixed, rewritten: roo.RequestModel) -> None:
         assert all(torch.equal(b, after[name]) for name, b in model.named_buffers())
 
 
-@pytest.mark.parametrize("kind", [Listed, Walked, OffABuffer, OffALiteral])
+@pytest.mark.parametrize("kind", [Listed, Walked, OffABuffer, OffALiteral, OffWhatIsWritten, OffACopy])
 def test_a_known_number_is_traced_as_one(kind: type[Mixed]) -> None:
     model, rewritten = _rewritten(kind)
     assert not rewritten._whole_program().notes
@@ -112,11 +133,30 @@ def test_a_known_number_is_traced_as_one(kind: type[Mixed]) -> None:
     _same(model, rewritten)
 
 
-@pytest.mark.parametrize("kind", [OffWhatIsWritten, WritesBefore, WritesAfter, OffTheBatch])
+@pytest.mark.parametrize("kind", [WritesAView, WritesBefore, WritesAfter, OffTheBatch, OffACopyOfTheBatch])
 def test_a_number_that_may_differ_is_data(kind: type[Mixed]) -> None:
     model, rewritten = _rewritten(kind)
     assert not any("report it" in note or "check" in note for note in rewritten._whole_program().notes)
     _same(model, rewritten)
+
+
+class Encoded(nn.Module):
+    """nn.TransformerEncoder turns its mask into numbers, in place, and asks whether it is the causal one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask = torch.ones(5, 5, dtype=torch.bool).triu(1)
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True), 1)
+
+    def forward(self, u: Tensor, x: Tensor) -> Tensor:
+        return (self.encoder(u, mask=self.mask)[:, -1] * x).sum(-1)
+
+
+def test_an_encoder_that_asks_for_its_mask_is_no_leaf() -> None:
+    model = Encoded().double()
+    rewritten = roo.rewrite(model, (torch.randn(6, 5, 4).double(), torch.randn(6, 4).double()), spec=SPEC)
+    assert not rewritten._whole_program().notes
+    roo.verify(model, rewritten, batches=4)
 
 
 def test_a_buffer_that_has_changed_is_read_again() -> None:
