@@ -123,10 +123,16 @@ def gradients_differ(names: Sequence[str], got: Gradients, want: Gradients, prec
     for name, a, b in zip(names, got, want, strict=True):
         if (a is None) != (b is None) and not _zero(a if b is None else b):
             return f"the gradient of {name!r} is {'missing' if a is None else 'there'}, unlike the original's"
-        error = 0.0 if a is None or b is None else distance(a, b, floor)
+        error = 0.0 if a is None or b is None else off_by(a, b, floor)
         if error > limit:
             return f"the gradient of {name!r} is off by {error:.2e} of its scale"
     return None
+
+
+def off_by(got: Tensor, want: Tensor, floor: float) -> float:
+    """As `distance`, over the entries of the original's gradient that are finite: the others train nothing."""
+    known = None if math.isfinite(_largest(want)) else torch.isfinite(want)
+    return distance(got, want, floor) if known is None else distance(got[known], want[known], floor)
 
 
 def noise(grads: Gradients, precision: torch.dtype = torch.float64) -> float:

@@ -145,7 +145,7 @@ def untraceable(
     model: nn.Module, first: Callable[[nn.Module], Any], second: Callable[[nn.Module], Any]
 ) -> tuple[str | None, int]:
     """Why one trace cannot stand for every call of `model`; None where nothing speaks against it but the numbers that
-    a call draws from Python's generator, which are counted: they must reach nothing (`python_draws`).
+    a call draws from Python's or NumPy's generator, which are counted: they must reach nothing (`python_draws`).
 
     first, second: run a given copy of the model on two different batches, and return what it returned.
     """

@@ -1,11 +1,11 @@
-"""Numbers that forward draws from Python's generator and that reach nothing it returns.
+"""Numbers that forward draws from Python's or NumPy's generator and that reach nothing it returns.
 
 A trace takes a number for a constant, so a model that draws one is not traced. Some draw one in eval too, where only
 training reads it (a random time window, a random mask). While tracing, such a number is made by an operator, so that
 the graph shows what depends on it:
 
     before                                    after
-    n = item(roo.drawn_number("randint"))
+    n = item(roo.drawn_number("random.randint"))
     late = lt(age, n)                         (nothing: no output depends on n)
     return sum(age)                           return sum(age)
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -26,19 +27,25 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
-# Functions that return one number, and its dtype.
-_FUNCTIONS = {"random": torch.float64, "uniform": torch.float64, "randint": torch.int64, "randrange": torch.int64}
+# Functions that return one number, and its dtype; those of NumPy many, if asked for a size.
+_FUNCTIONS = {
+    "random": dict.fromkeys(["random", "uniform"], torch.float64)
+    | dict.fromkeys(["randint", "randrange"], torch.int64),
+    "numpy.random": dict.fromkeys(["random", "random_sample", "rand", "uniform"], torch.float64)
+    | {"randint": torch.int64},
+}
 
 
 @torch.library.custom_op("roo::drawn_number", mutates_args=())
 def drawn_number(function: str) -> Tensor:
-    """Stands in a trace for one number of Python's generator, `[]`; no program runs it."""
+    """Stands in a trace for one number that a function draws, `[]`; no program runs it."""
     raise NotImplementedError(function)
 
 
 @drawn_number.register_fake
 def _(function: str) -> Tensor:
-    return torch.empty((), dtype=_FUNCTIONS[function])
+    owner, _, name = function.rpartition(".")
+    return torch.empty((), dtype=_FUNCTIONS[owner][name])
 
 
 @dataclass
@@ -49,31 +56,43 @@ class Draws:
     others: bool = False
 
 
+def _state() -> tuple[Any, ...]:
+    """Of both generators, as values."""
+    numpy = sys.modules.get("numpy")
+    kind, keys, *rest = numpy.random.get_state() if numpy is not None else ("", b"")
+    return random.getstate(), kind, bytes(keys), *rest
+
+
 @contextlib.contextmanager
 def _replaced(make: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    kept = {name: getattr(random, name) for name in _FUNCTIONS}
+    owners = {owner: sys.modules[owner] for owner in _FUNCTIONS if owner in sys.modules}
+    kept = {(owner, name): getattr(module, name) for owner, module in owners.items() for name in _FUNCTIONS[owner]}
     try:
-        for name, function in kept.items():
-            setattr(random, name, make(name, function))
+        for (owner, name), function in kept.items():
+            setattr(owners[owner], name, make(f"{owner}.{name}", function))
         yield
     finally:
-        for name, function in kept.items():
-            setattr(random, name, function)
+        for (owner, name), function in kept.items():
+            setattr(owners[owner], name, function)
 
 
 @contextlib.contextmanager
 def counted(seed: int) -> Iterator[Draws]:
-    """Runs code with Python's generator seeded, and counts what it draws; the generator ends as it was."""
-    found, before = Draws(), random.getstate()
+    """Runs code with both generators seeded, and counts what it draws; the generators end as they were."""
+    found, numpy = Draws(), sys.modules.get("numpy")
+    before = random.getstate(), numpy.random.get_state() if numpy is not None else None
     random.seed(seed)
-    last = random.getstate()
+    if numpy is not None:
+        numpy.random.seed(seed)
+    last = _state()
 
     def make(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def draw(*args: Any, **kwargs: Any) -> Any:
             nonlocal last
-            found.others |= random.getstate() != last
+            found.others |= _state() != last
             number = function(*args, **kwargs)
-            found.count, last = found.count + 1, random.getstate()
+            found.others |= not isinstance(number, (int, float))
+            found.count, last = found.count + 1, _state()
             return number
 
         return draw
@@ -81,9 +100,11 @@ def counted(seed: int) -> Iterator[Draws]:
     try:
         with _replaced(make):
             yield found
-        found.others |= random.getstate() != last
+        found.others |= _state() != last
     finally:
-        random.setstate(before)
+        random.setstate(before[0])
+        if numpy is not None:
+            numpy.random.set_state(before[1])
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 
 from roo_rewrite.calls import ambient, without_empty
 from roo_rewrite.capture import Captured
-from roo_rewrite.closeness import compare, distance, gradients_differ, noise, tolerance
+from roo_rewrite.closeness import compare, distance, gradients_differ, noise, off_by, tolerance
 from roo_rewrite.emit import runnable
 from roo_rewrite.equivalence import Batch, draw_batch, weighted
 from roo_rewrite.errors import EquivalenceError
@@ -215,7 +215,7 @@ class Trial:
         floor = noise(truth, precision)
         for (name, wrt), got, want in zip(named, _backward(found, wanted), truth):
             got, want = (torch.zeros_like(wrt) if g is None else g.to_dense() for g in (got, want))
-            if distance(got, want, floor) > max(1e-6, 50 * tolerance(wrt.dtype), 10 * tolerance(precision)):
+            if off_by(got, want, floor) > max(1e-6, 50 * tolerance(wrt.dtype), 10 * tolerance(precision)):
                 return f"the gradient of {name!r} is off"
         return None
 

@@ -96,3 +96,11 @@ def test_one_wrong_row_of_a_large_table_is_found(
         with pytest.raises(roo.EquivalenceError, match=r"gradient of 'user\.weight' is off"):
             roo.verify(right, rewritten, batches=8)
     assert max(largest) < ROWS
+
+
+def test_where_the_original_has_no_gradient_none_is_asked() -> None:
+    """A softmax of nothing but minus infinity, made 0 after: nothing is trained by it."""
+    want, got = torch.tensor([NAN, 1.0, INF]), torch.tensor([0.5, 1.0, NAN])
+    assert gradients_differ(["t"], [got], [want], torch.float64) is None
+    assert gradients_differ(["t"], [want], [got], torch.float64) is not None
+    assert gradients_differ(["t"], [got + 1], [want], torch.float64) is not None

@@ -1,4 +1,4 @@
-"""Numbers of Python's generator: a model that draws one is traced only where nothing it returns depends on it."""
+"""Numbers of Python's or NumPy's generator: such a model is traced only where nothing it returns depends on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,29 @@ def in_training_only(m: Any, u: Tensor) -> Tensor:
 
 def unread(m: Any, u: Tensor) -> Tensor:
     u.abs() - random.random()
+    return u
+
+
+def unread_numpy(m: Any, u: Tensor) -> Tensor:
+    explore = np.random.rand() < 0.5
+    return u * np.random.uniform(0, 1) if m.training and explore else u
+
+
+def read_numpy(m: Any, u: Tensor) -> Tensor:
+    return u * np.random.random()
+
+
+def branch_numpy(m: Any, u: Tensor) -> Tensor:
+    return u if np.random.rand() < 0.5 else u * 2
+
+
+def many_of_numpy(m: Any, u: Tensor) -> Tensor:
+    u * torch.from_numpy(np.random.rand(4)).float()
+    return u
+
+
+def unknown_of_numpy(m: Any, u: Tensor) -> Tensor:
+    u * np.random.rand() * float(np.random.normal())
     return u
 
 
@@ -73,6 +97,10 @@ def more_than_known(m: Any, u: Tensor) -> Tensor:
     return u
 
 
+NOT_TRACED = [read, branch, width, written, noise, kept, unknown, more_than_known]
+NOT_TRACED += [read_numpy, branch_numpy, many_of_numpy, unknown_of_numpy]
+
+
 def rewritten(draw: Callable[[Any, Tensor], Tensor], training: bool = False) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     model = Drawing(draw).train(training)
@@ -80,19 +108,19 @@ def rewritten(draw: Callable[[Any, Tensor], Tensor], training: bool = False) -> 
     return model, roo.rewrite(model, (torch.randn(6, 4), torch.randn(6, 4)), spec=spec)
 
 
-@pytest.mark.parametrize("draw", [in_training_only, unread])
+@pytest.mark.parametrize("draw", [in_training_only, unread, unread_numpy])
 def test_what_nothing_reads_is_not_drawn(draw: Callable[[Any, Tensor], Tensor]) -> None:
     model, found = rewritten(draw)
     roo.verify(model, found, batches=3)
     program = found._whole_program()
     assert program.emitted is not None
     assert any(n.op == "call_function" and "linear" in str(n.target) for n in program.plan.request)
-    before = random.getstate()
+    before = random.getstate(), repr(np.random.get_state())
     found(torch.randn(2, 4), torch.randn(3, 4), num_impressions=torch.tensor([1, 2]))
-    assert random.getstate() == before
+    assert (random.getstate(), repr(np.random.get_state())) == before
 
 
-@pytest.mark.parametrize("draw", [read, branch, width, written, noise, kept, unknown, more_than_known])
+@pytest.mark.parametrize("draw", NOT_TRACED)
 def test_what_may_be_read_is_not_traced(draw: Callable[[Any, Tensor], Tensor]) -> None:
     _, found = rewritten(draw)
     assert found._whole_program().emitted is None
@@ -106,8 +134,10 @@ def test_the_mode_decides() -> None:
 
 def test_tracing_leaves_the_generator_as_it_was() -> None:
     random.seed(5)
-    before = random.getstate()
-    functions = random.random, random.randint
+    np.random.seed(5)
+    before = random.getstate(), repr(np.random.get_state())
+    functions = random.random, random.randint, np.random.rand
     rewritten(unread)[1]._whole_program()
-    assert random.getstate() == before
-    assert (random.random, random.randint) == functions
+    rewritten(unread_numpy)[1]._whole_program()
+    assert (random.getstate(), repr(np.random.get_state())) == before
+    assert (random.random, random.randint, np.random.rand) == functions
