@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,8 +31,10 @@ class Adapter(nn.Module):
         statics: Sequence[Any],
         branches: Branches | None = None,
         masked: Masked | None = None,
+        see: Callable[[Sequence[Tensor]], None] | None = None,
     ):
         super().__init__()
+        self.__dict__["_see"] = see
         self.__dict__["_masked"] = masked
         self.__dict__["_branches"] = branches
         self.model = model
@@ -41,6 +43,8 @@ class Adapter(nn.Module):
 
     def forward(self, *atoms: Tensor) -> tuple[Any, ...]:
         inputs, statics = self.__dict__["_call"]
+        if self.__dict__["_see"] is not None:
+            self.__dict__["_see"](atoms)
         # One symbol for the batch: sizes of one input divide those of another.
         counts = [t.shape[0] for atom, t in zip(inputs.atoms, atoms) if atom.kind in ("dense", "lengths", "offsets")]
         for count in counts[1:]:

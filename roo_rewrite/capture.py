@@ -34,6 +34,7 @@ from roo_rewrite.lifted import unlifted
 from roo_rewrite.methods import Leaf, Unfit, confirm, failed_in, named
 from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.packed import padded_sequences
+from roo_rewrite.pieces import Pieces
 from roo_rewrite.purity import DRAWS, random_kept, twin, untraceable
 from roo_rewrite.python_draws import drop_unread, symbolic_draws
 from roo_rewrite.read_numbers import ReadNumbers, WrittenError, settled_buffers
@@ -267,7 +268,8 @@ def _export(
         _observe(twin(model), inputs, example, statics, leaves, sites, batch, masked)
     if strict and (sites or run.raised):
         raise CaptureError("an autograd.Function, and what catches exceptions, is not interpreted")
-    adapter = Adapter(model, inputs, statics, branches, None if strict else masked)
+    pieces = Pieces(inputs.atoms)
+    adapter = Adapter(model, inputs, statics, branches, None if strict else masked, pieces.see)
     numbers = ReadNumbers(model, written)
     adapter.training = model.training
     shapes = {"atoms": tuple({0: Dim.DYNAMIC} if t.ndim else None for t in example)}
@@ -276,7 +278,7 @@ def _export(
         if strict:  # nothing may be patched then; what a trace would lose shows when the model is run
             out_values, out_tree = rehearsed(model, inputs, example, statics, batch)
         else:
-            for patch in (no_lost_calls(), opaque(model, leaves, sites), looked_up(model, paths, sites)):
+            for patch in (no_lost_calls(), opaque(model, leaves, sites), looked_up(model, paths, sites, pieces)):
                 around.enter_context(patch)
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())

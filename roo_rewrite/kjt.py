@@ -14,8 +14,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Lengths, Provenance, Ragged, Rows, Several
 from roo_rewrite.leaves import LeafSite, add_site
 from roo_rewrite.ops.ragged import offsets_of
+from roo_rewrite.pieces import Piece, Pieces
 
 _SIDE = "roo_side"
 _PLAIN = "torchrec.modules.embedding_modules"
@@ -95,6 +96,7 @@ class Lookup(LeafSite):
     """One call of a collection for some of its features; (values, lengths[, weights]) of each are its tensors.
 
     features: all the collection knows. keys: those looked up. outputs: what they give, in its order.
+    each: how many values a row has, of the keys of which that is a constant.
     """
 
     features: tuple[str, ...] = ()
@@ -102,6 +104,7 @@ class Lookup(LeafSite):
     outputs: tuple[Output, ...] = ()
     pooled: bool = True
     weighted: bool = False
+    each: Mapping[str, int] = field(default_factory=dict)
 
     def _of(self, key: str, tensors: Sequence[Any]) -> Sequence[Any]:
         step = 3 if self.weighted else 2
@@ -118,6 +121,8 @@ class Lookup(LeafSite):
         for key in self.keys:
             values, lengths, *weights = self._of(key, given)
             paired = isinstance(values, Ragged) and lengths == Lengths(lengths=values.lengths)
+            if key in self.each:
+                paired = values == Rows(0, inner=self.each[key]) and lengths == Rows(0)
             if not paired or any(w != values for w in weights):
                 raise NotRowWise(f"the lengths and values of {key!r} are not those of one jagged input")
         return Several(tuple(Rows(0) if self.pooled else self._of(o.feature, given)[0] for o in self.outputs))
@@ -163,7 +168,7 @@ def collections_of(model: nn.Module, leaves: Sequence[str]) -> dict[str, nn.Modu
 
 
 @contextlib.contextmanager
-def looked_up(model: nn.Module, leaves: Sequence[str], sites: list[LeafSite]) -> Iterator[None]:
+def looked_up(model: nn.Module, leaves: Sequence[str], sites: list[LeafSite], pieces: Pieces) -> Iterator[None]:
     """While active, a traced call of an embedding collection is one `roo::leaf` for each side of its features."""
     found = collections_of(model, leaves)
     if not found:
@@ -171,38 +176,75 @@ def looked_up(model: nn.Module, leaves: Sequence[str], sites: list[LeafSite]) ->
         return
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-    original = KeyedJaggedTensor.__getitem__
-    KeyedJaggedTensor.__getitem__ = lambda self, key: (
-        original(self, key) if self._jt_dict is None else self._jt_dict[key]
-    )
+    methods = {"__getitem__": _picked, "split": _split, "permute": _permuted}
+    kept = {name: getattr(KeyedJaggedTensor, name) for name in methods}
     try:
+        for name, method in methods.items():
+            setattr(KeyedJaggedTensor, name, method(kept[name]))
         for path, module in found.items():
-            module.__dict__["_compiled_call_impl"] = functools.partial(_traced, module, path, sites)
-        yield
+            module.__dict__["_compiled_call_impl"] = functools.partial(_traced, module, path, sites, pieces)
+        with pieces:
+            yield
     finally:
-        KeyedJaggedTensor.__getitem__ = original
+        for name, method in kept.items():
+            setattr(KeyedJaggedTensor, name, method)
         for module in found.values():
             module.__dict__.pop("_compiled_call_impl", None)
 
 
-def _traced(self: Any, path: str, sites: list[LeafSite], features: Any) -> Any:
+def _picked(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, key: original(self, key) if self._jt_dict is None else self._jt_dict[key]
+
+
+def _split(original: Callable[..., Any]) -> Callable[..., Any]:
+    def split(self: Any, segments: list[int]) -> Any:
+        return [_with_parts(made, self) for made in original(self, segments)]
+
+    return split
+
+
+def _permuted(original: Callable[..., Any]) -> Callable[..., Any]:
+    def permute(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _with_parts(original(self, *args, **kwargs), self)
+
+    return permute
+
+
+def _with_parts(made: Any, whole: Any) -> Any:
+    """The KeyedJaggedTensor with the parts of the one that its keys are taken from."""
+    parts = whole._jt_dict or {}
+    if made is not whole and parts and all(_SIDE in vars(jagged) for jagged in parts.values()):
+        made._jt_dict = {key: parts[key] for key in made.keys()}
+    return made
+
+
+def _traced(self: Any, path: str, sites: list[LeafSite], pieces: Pieces, features: Any) -> Any:
     """The call of collection `self` (so named for the capture to see whose failure it is)."""
-    parts = features._jt_dict if is_kjt(features) else None
+    parts = _parts(features, pieces) if is_kjt(features) else None
     if parts is None or self._forward_hooks or self._forward_pre_hooks:
         raise TypeError(f"{type(self).__name__} {path!r} is called with features made within the model")
     pooled = hasattr(self, "embedding_bags")
     outputs = _outputs(self, pooled)
     weighted = pooled and self.is_weighted()
-    sides = {o.feature: getattr(parts[o.feature], _SIDE, None) for o in outputs}
+    sides = {o.feature: parts[o.feature].side for o in outputs}
     results: dict[str, Tensor] = {}
     for side in dict.fromkeys(sides.values()):
         keys = tuple(f for f, s in sides.items() if s is side)
         mine = tuple(o for o in outputs if sides[o.feature] is side)
-        site = Lookup(path, features=tuple(sides), keys=keys, outputs=mine, pooled=pooled, weighted=weighted)
-        tensors = [t for key in keys for t in _tensors(parts[key], weighted)]
+        each = {key: n for key in keys if (n := parts[key].each) is not None}
+        site = Lookup(path, features=tuple(sides), keys=keys, outputs=mine, pooled=pooled, weighted=weighted, each=each)
+        tensors = [t for key in keys for t in parts[key].tensors[: 3 if weighted else 2]]
         made = torch.ops.roo.leaf(tensors, add_site(sites, site))
         results |= {o.name: t for o, t in zip(mine, made)}
     return _result(self, parts, outputs, results, pooled)
+
+
+def _parts(features: Any, pieces: Pieces) -> dict[str, Piece] | None:
+    """The parts of an input, or the pieces of what forward put together, by key."""
+    known = features._jt_dict or {}
+    if not known or not all(_SIDE in vars(jagged) for jagged in known.values()):
+        return pieces.of(features)
+    return {key: Piece(_tensors(jagged), vars(jagged)[_SIDE], None) for key, jagged in known.items()}
 
 
 def _outputs(collection: Any, pooled: bool) -> list[Output]:
@@ -215,12 +257,13 @@ def _outputs(collection: Any, pooled: bool) -> list[Output]:
     return [Output(f, c.name, name, c.embedding_dim) for (c, f), name in zip(pairs, named, strict=True)]
 
 
-def _tensors(jagged: Any, weighted: bool) -> list[Tensor]:
-    return [jagged.values(), jagged.lengths(), *([jagged.weights()] if weighted else [])]
+def _tensors(jagged: Any) -> list[Tensor]:
+    weights = jagged.weights_or_none()
+    return [jagged.values(), jagged.lengths(), *([] if weights is None else [weights])]
 
 
 def _result(
-    collection: Any, parts: dict[str, Any], outputs: Sequence[Output], results: dict[str, Tensor], pooled: bool
+    collection: Any, parts: dict[str, Piece], outputs: Sequence[Output], results: dict[str, Tensor], pooled: bool
 ) -> Any:
     from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedTensor
 
@@ -233,8 +276,8 @@ def _result(
     return {
         o.name: JaggedTensor(
             values=results[o.name],
-            lengths=parts[o.feature].lengths(),
-            weights=parts[o.feature].values() if collection.need_indices() else None,
+            lengths=parts[o.feature].tensors[1],
+            weights=parts[o.feature].tensors[0] if collection.need_indices() else None,
         )
         for o in outputs
     }

@@ -72,10 +72,10 @@ class LeafSite:
     def _steps(self) -> set[int]:
         """Which of the output tensors are the steps of packed sequences."""
         assert self.out_tree is not None
-        tree = pytree.tree_unflatten(list(range(self.out_tree.num_leaves)), self.out_tree)
-        tensors = [i for i, v in enumerate(self.out_values) if isinstance(v, Tensor)]
-        found = pytree.tree_leaves(tree, is_leaf=lambda v: isinstance(v, Steps))
-        return {tensors.index(cast(int, v.steps)) for v in found if isinstance(v, Steps)}
+        tree = pytree.tree_unflatten(self.out_values, self.out_tree)
+        found = [v for v in pytree.tree_leaves(tree, is_leaf=lambda v: isinstance(v, Steps)) if isinstance(v, Steps)]
+        tensors = [v for v in self.out_values if isinstance(v, Tensor)]
+        return {i for i, t in enumerate(tensors) if any(v.steps is t for v in found)}
 
     @property
     def checked(self) -> bool:

@@ -22,11 +22,12 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from roo_rewrite.memory import all_written, behind, writes, written
+
 _ASKED: set[Callable[..., Any]] = {
     getattr(Tensor, name) for name in ("item", "tolist", "__int__", "__index__", "__float__", "__bool__")
 }
 _LIMIT = 1 << 16  # entries of a value on the way
-_ONLY_MARKS = torch.ops.aten.detach_.default  # changes no entry
 
 
 class WrittenError(Exception):
@@ -69,19 +70,19 @@ class ReadNumbers(TorchFunctionMode):
         if slot is None:
             return None
         graph, root = slot.proxy.node.graph, tracer.root
-        behind, writes = _with_writes(graph.nodes, slot.proxy.node)
-        inputs = [n for n in behind if n.op == "placeholder"]
+        made_of, writers = _with_writes(graph.nodes, slot.proxy.node)
+        inputs = [n for n in made_of if n.op == "placeholder"]
         given = self._named(tracer) if inputs else {}
         given = {n: given[n] for n in inputs if n in given}
         if len(given) < len(inputs) or any(self._buffers[name].numel() > _LIMIT for name in given.values()):
             return None
-        if any(n not in given and not self._known(n, root) for n in behind):
+        if any(n not in given and not self._known(n, root) for n in made_of):
             return None
-        if any(n.op != "call_function" for w in writes for n in _written(w)):  # would be written here, too
+        if any(n.op != "call_function" for w in writers for n in written(w)):  # would be written here, too
             return None
         if given and not all(_of_torch(n) for n in graph.nodes):  # a leaf may write a buffer unseen
             return None
-        return [n for n in graph.nodes if n in behind], given, root
+        return [n for n in graph.nodes if n in made_of], given, root
 
     def _known(self, node: Node, root: nn.Module) -> bool:
         """Whether the node is a literal, or made of its operands alone. A parameter in a list of the model is none."""
@@ -100,21 +101,9 @@ class ReadNumbers(TorchFunctionMode):
 def settled_buffers(graph: Graph, read: Collection[str]) -> None:
     """Raises WrittenError where the traced graph writes a buffer of `read`."""
     named = [n for n in graph.nodes if n.op == "get_attr" and n.target in read]
-    into = set[Node]().union(*(_written(n) for n in graph.nodes if _writes(n)))
-    written = {str(n.target) for n in named if n in into}
-    if written:
-        raise WrittenError(written)
-
-
-def _behind(nodes: Collection[Node]) -> set[Node]:
-    """The nodes and all that they are made of."""
-    found, left = set[Node](), list(nodes)
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += node.all_input_nodes
-    return found
+    changed = {str(n.target) for n in named} & {str(n.target) for n in all_written(graph.nodes)}
+    if changed:
+        raise WrittenError(changed)
 
 
 def _made_of_numbers(node: Node) -> bool:
@@ -134,60 +123,18 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        node.target._schema.is_mutable and node.target is not _ONLY_MARKS
-    )
-
-
 def _of_torch(node: Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace == "aten"
 
 
 def _with_writes(nodes: Iterable[Node], last: Node) -> tuple[set[Node], list[Node]]:
     """All that the last node is made of, with what is written into it on the way; and what writes."""
-    writers = [(n, _written(n)) for n in nodes if _writes(n)]
-    behind, found = _behind([last]), list[Node]()
-    while more := [n for n, into in writers if n not in found and not behind.isdisjoint(into)]:
+    writers = [(n, written(n)) for n in nodes if writes(n)]
+    made_of, found = behind([last]), list[Node]()
+    while more := [n for n, into in writers if n not in found and not made_of.isdisjoint(into)]:
         found += more
-        behind |= _behind(more)
-    return behind, found
-
-
-def _written(node: Node) -> set[Node]:
-    """The nodes whose memory a writing node may write."""
-    return _sharing(_arguments(node, lambda a: a.alias_info is not None and a.alias_info.is_write))
-
-
-def _sharing(nodes: Collection[Node]) -> set[Node]:
-    """The nodes, and those they may share memory with among all that they are made of."""
-    found, left = set[Node](), list(nodes)
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += _shared(node)
-    return found
-
-
-def _shared(node: Node) -> list[Node]:
-    """The operands that the node may be a view of. One kernel of ATen says so in its schema, a composition need not."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return node.all_input_nodes
-    if any(r.alias_info is not None for r in target._schema.returns):
-        return _arguments(node, lambda a: a.alias_info is not None)
-    return node.all_input_nodes if target._can_decompose() else []
-
-
-def _arguments(node: Node, which: Callable[[Any], bool]) -> list[Node]:
-    """The operands of an op for the arguments that `which` picks."""
-    schema: Any = node.target
-    given = dict(zip((a.name for a in schema._schema.arguments), node.args, strict=False)) | node.kwargs
-    picked = [given[a.name] for a in schema._schema.arguments if a.name in given and which(a)]
-    found: list[Node] = []
-    torch.fx.map_arg(picked, found.append)  # type: ignore[arg-type]
-    return found
+        made_of |= behind(more)
+    return made_of, found
 
 
 def _computed(order: Collection[Node], given: Mapping[Node, Tensor], root: nn.Module) -> Any:
