@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,8 @@ from roo_rewrite.errors import NotRowWise
 from roo_rewrite.facts import Batching, Lengths, Provenance, Ragged, Rows, Several
 from roo_rewrite.leaves import LeafSite, add_site
 from roo_rewrite.ops.ragged import offsets_of
-from roo_rewrite.pieces import Piece, Pieces
+from roo_rewrite.pieces import KEEPING_PARTS, SIDE, Piece, Pieces
 
-_SIDE = "roo_side"
 _PLAIN = "torchrec.modules.embedding_modules"
 
 
@@ -74,7 +73,7 @@ def join(keys: Sequence[str], atoms: Sequence[Tensor], weighted: bool, sides: Se
         for i, (key, side) in enumerate(zip(keys, sides)):
             values, lengths, *rest = atoms[i * step : (i + 1) * step]
             parts[key] = JaggedTensor(values, lengths=lengths, weights=rest[0] if rest else None)
-            parts[key].__dict__[_SIDE] = side
+            parts[key].__dict__[SIDE] = side
         known = {"jt_dict": parts, "length_per_key": [p.values().shape[0] for p in parts.values()]}
         known["stride"] = atoms[1].shape[0] if keys else 0
     weights = columns[2] if weighted else None
@@ -96,7 +95,8 @@ class Lookup(LeafSite):
     """One call of a collection for some of its features; (values, lengths[, weights]) of each are its tensors.
 
     features: all the collection knows. keys: those looked up. outputs: what they give, in its order.
-    each: how many values a row has, of the keys of which that is a constant.
+    each: how many values a row has, of the keys of which that is a constant. masked: the keys of which the tensors
+    are (ids, mask), both `[B, L]`, for the values and lengths of what the mask keeps.
     """
 
     features: tuple[str, ...] = ()
@@ -105,6 +105,7 @@ class Lookup(LeafSite):
     pooled: bool = True
     weighted: bool = False
     each: Mapping[str, int] = field(default_factory=dict)
+    masked: tuple[str, ...] = ()
 
     def _of(self, key: str, tensors: Sequence[Any]) -> Sequence[Any]:
         step = 3 if self.weighted else 2
@@ -123,18 +124,27 @@ class Lookup(LeafSite):
             paired = isinstance(values, Ragged) and lengths == Lengths(lengths=values.lengths)
             if key in self.each:
                 paired = values == Rows(0, inner=self.each[key]) and lengths == Rows(0)
+            if key in self.masked:
+                paired = values == lengths == Rows(0)
             if not paired or any(w != values for w in weights):
                 raise NotRowWise(f"the lengths and values of {key!r} are not those of one jagged input")
         return Several(tuple(Rows(0) if self.pooled else self._of(o.feature, given)[0] for o in self.outputs))
 
     def call(self, root: nn.Module, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Looks the features up in the collection that is at `path` now."""
-        module = root.get_submodule(self.path)
+        module, tensors = root.get_submodule(self.path), self._jagged(tensors)
         if type(module).__module__ == _PLAIN and not module._forward_hooks and not module._forward_pre_hooks:
             return [self._table(module, o, *self._of(o.feature, tensors)) for o in self.outputs]
         found = module(self._all(tensors))
         by_name = found.to_dict() if self.pooled else {name: jagged.values() for name, jagged in found.items()}
         return [by_name[o.name] for o in self.outputs]
+
+    def _jagged(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The tensors, with values and lengths for what masks keep."""
+        if not self.masked:
+            return tensors
+        pairs = ((key, *self._of(key, tensors)) for key in self.keys)
+        return [t for key, a, b in pairs for t in ((a[b], b.sum(1)) if key in self.masked else (a, b))]
 
     def _table(
         self, module: Any, output: Output, values: Tensor, lengths: Tensor, weights: Tensor | None = None
@@ -176,10 +186,9 @@ def looked_up(model: nn.Module, leaves: Sequence[str], sites: list[LeafSite], pi
         return
     from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-    methods = {"__getitem__": _picked, "split": _split, "permute": _permuted}
-    kept = {name: getattr(KeyedJaggedTensor, name) for name in methods}
+    kept = {name: getattr(KeyedJaggedTensor, name) for name in KEEPING_PARTS}
     try:
-        for name, method in methods.items():
+        for name, method in KEEPING_PARTS.items():
             setattr(KeyedJaggedTensor, name, method(kept[name]))
         for path, module in found.items():
             module.__dict__["_compiled_call_impl"] = functools.partial(_traced, module, path, sites, pieces)
@@ -192,32 +201,6 @@ def looked_up(model: nn.Module, leaves: Sequence[str], sites: list[LeafSite], pi
             module.__dict__.pop("_compiled_call_impl", None)
 
 
-def _picked(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, key: original(self, key) if self._jt_dict is None else self._jt_dict[key]
-
-
-def _split(original: Callable[..., Any]) -> Callable[..., Any]:
-    def split(self: Any, segments: list[int]) -> Any:
-        return [_with_parts(made, self) for made in original(self, segments)]
-
-    return split
-
-
-def _permuted(original: Callable[..., Any]) -> Callable[..., Any]:
-    def permute(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _with_parts(original(self, *args, **kwargs), self)
-
-    return permute
-
-
-def _with_parts(made: Any, whole: Any) -> Any:
-    """The KeyedJaggedTensor with the parts of the one that its keys are taken from."""
-    parts = whole._jt_dict or {}
-    if made is not whole and parts and all(_SIDE in vars(jagged) for jagged in parts.values()):
-        made._jt_dict = {key: parts[key] for key in made.keys()}
-    return made
-
-
 def _traced(self: Any, path: str, sites: list[LeafSite], pieces: Pieces, features: Any) -> Any:
     """The call of collection `self` (so named for the capture to see whose failure it is)."""
     parts = _parts(features, pieces) if is_kjt(features) else None
@@ -226,13 +209,27 @@ def _traced(self: Any, path: str, sites: list[LeafSite], pieces: Pieces, feature
     pooled = hasattr(self, "embedding_bags")
     outputs = _outputs(self, pooled)
     weighted = pooled and self.is_weighted()
+    if (weighted or not pooled) and any(parts[o.feature].masked for o in outputs):
+        raise TypeError(
+            f"{type(self).__name__} {path!r} is called with sequences of unequal lengths made within the model"
+        )
     sides = {o.feature: parts[o.feature].side for o in outputs}
     results: dict[str, Tensor] = {}
     for side in dict.fromkeys(sides.values()):
         keys = tuple(f for f, s in sides.items() if s is side)
         mine = tuple(o for o in outputs if sides[o.feature] is side)
         each = {key: n for key in keys if (n := parts[key].each) is not None}
-        site = Lookup(path, features=tuple(sides), keys=keys, outputs=mine, pooled=pooled, weighted=weighted, each=each)
+        masked = tuple(key for key in keys if parts[key].masked)
+        site = Lookup(
+            path,
+            features=tuple(sides),
+            keys=keys,
+            outputs=mine,
+            pooled=pooled,
+            weighted=weighted,
+            each=each,
+            masked=masked,
+        )
         tensors = [t for key in keys for t in parts[key].tensors[: 3 if weighted else 2]]
         made = torch.ops.roo.leaf(tensors, add_site(sites, site))
         results |= {o.name: t for o, t in zip(mine, made)}
@@ -242,9 +239,9 @@ def _traced(self: Any, path: str, sites: list[LeafSite], pieces: Pieces, feature
 def _parts(features: Any, pieces: Pieces) -> dict[str, Piece] | None:
     """The parts of an input, or the pieces of what forward put together, by key."""
     known = features._jt_dict or {}
-    if not known or not all(_SIDE in vars(jagged) for jagged in known.values()):
+    if not known or not all(SIDE in vars(jagged) for jagged in known.values()):
         return pieces.of(features)
-    return {key: Piece(_tensors(jagged), vars(jagged)[_SIDE], None) for key, jagged in known.items()}
+    return {key: Piece(_tensors(jagged), vars(jagged)[SIDE], None) for key, jagged in known.items()}
 
 
 def _outputs(collection: Any, pooled: bool) -> list[Output]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import roo_rewrite as roo
 
 pytest.importorskip("torchrec")
-from torchrec.modules.embedding_configs import EmbeddingConfig
-from torchrec.modules.embedding_modules import EmbeddingCollection
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, EmbeddingConfig
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 KEYS = ["hist", "user", "item"]
@@ -106,6 +106,34 @@ def test_what_may_be_no_piece_leaves_a_leaf(make: Make, rewritten_and_verified: 
 
 def test_rows_that_change_places_stay_per_impression(rewritten_and_verified: Any) -> None:
     rewritten_and_verified(Model(of_the_batch).eval(), example(), spec=SPEC)
+
+
+class Masked(nn.Module):
+    """The ids of each side that are not padding; `lengths` counts them, or something else."""
+
+    def __init__(self, lengths: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        tables = [EmbeddingBagConfig(name=k, embedding_dim=4, num_embeddings=IDS, feature_names=[k]) for k in KEYS[1:]]
+        self.lengths, self.embed = lengths, EmbeddingBagCollection(tables=tables)
+
+    def forward(self, user: Tensor, item: Tensor) -> Tensor:
+        masks = [user != 0, item != 0]
+        values = torch.cat([user[masks[0]], item[masks[1]]])
+        lengths = torch.cat([self.lengths(mask) for mask in masks])
+        found = self.embed(KeyedJaggedTensor.from_lengths_sync(KEYS[1:], values, lengths))
+        return (found["user"].tanh() * found["item"]).sum(1)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_a_mask_keeps_is_looked_up_per_side(known: bool, rewritten_and_verified: Any) -> None:
+    count = (lambda m: m.sum(dim=1).to(torch.int32)) if known else (lambda m: m.flip(0).sum(1).flip(0))
+    ids = torch.arange(2 * ROWS).reshape(ROWS, 2) % 3
+    spec = roo.FeatureSpec(request=["user"], impression=["item"])
+    made = rewritten_and_verified(Masked(count).eval(), (ids, ids.flip(1)), spec=spec)
+    captured = made._whole_program().captured
+    assert captured.leaves == (() if known else ("embed",))
+    assert not known or [site.keys for site in captured.sites] == [("user",), ("item",)]
 
 
 @pytest.mark.parametrize("take", [lambda k: k.split([1, 2])[1], lambda k: k.permute([2, 1])], ids=["split", "permute"])
