@@ -62,6 +62,25 @@ def test_interleaved_columns_become_one_block_a_side(after: Callable[..., str]) 
     assert text.count("linear(") == 2
 
 
+@pytest.mark.parametrize(
+    ("order", "linears", "cats"),
+    [("uxux", 4, 0), ("uuxu", 3, 1), ("xuxxu", 4, 1), ("uxuxux", 6, 0), ("uxuxuxux", 2, 2), ("ux", 2, 0)],
+)
+def test_few_runs_of_columns_are_multiplied_where_they_lie(
+    after: Callable[..., str], order: str, linears: int, cats: int
+) -> None:
+    """Up to three a side: no operand, and no columns of the weight, are put together for one product."""
+
+    def model(m: nn.Module, u: Tensor, x: Tensor) -> Tensor:
+        parts = [(u if side == "u" else x) * (i + 2) for i, side in enumerate(order)]
+        columns = [m.w.t() * (i + 1.0) for i in range(len(order))]
+        return F.linear(torch.cat([p.relu() for p in parts], 1), torch.cat(columns, 1), m.m)
+
+    text = after(model)
+    assert text.count("linear(") == linears
+    assert text.count(" = cat([relu") == cats
+
+
 def test_a_sum_crosses_once(after: Callable[..., str]) -> None:
     assert after(lambda m, u, x: ((u + x) + u.relu()).tanh()).splitlines() == [
         "relu = relu(u)",
