@@ -187,7 +187,7 @@ def _aligned(s: Splitter, x: Form, y: Form) -> Whole:
     return Whole(node)
 
 
-def sum_of_squares(s: Splitter, x: Centred, weight: float = 1.0) -> Sum:
+def sum_of_squares(s: Splitter, x: Centred, weight: float) -> Sum:
     """weight * sum (x - m)^2 over the cut dim, which is kept with size 1."""
     b, terms = s.builder, list[tuple[float, Form]]()
     for side in x.sides:

@@ -13,6 +13,7 @@ from torch.fx import Graph
 from passes.annotate import Policy, annotate
 from passes.hoist import _computable, hoist
 from passes.lower import lower
+from passes.mixed_rate import _batch_first
 from passes.normalize import BATCH, normalize
 from passes.partition import Partition, partition
 from roo_rewrite.emit import emit
@@ -138,3 +139,24 @@ def test_only_sizes_that_can_be_written_are_computed() -> None:
     assert not any(
         _computable(s, {}) for s in (1 / BATCH, sympy.sqrt(BATCH), sympy.sin(BATCH), BATCH + sympy.Symbol("n"))
     )
+
+
+@pytest.mark.parametrize(
+    ("equation", "after"),
+    [
+        ("nhm,bmx->bnhx", "bmx,nhm->bnhx"),
+        ("bmx,nhm->bnhx", None),
+        ("bm,bmx->bx", None),
+        ("nm,bm->nb", None),
+        ("nhm,...m->...nh", None),
+        ("nm,bm", None),
+        ("nm,bm,bx->bnx", None),
+        ("b->b", None),
+    ],
+)
+def test_of_two_operands_the_one_with_the_batch_comes_first(equation: str, after: str | None) -> None:
+    graph = Graph()
+    operands = [graph.placeholder(f"x{i}") for i in range(equation.count(",") + 1)]
+    node = graph.call_function(torch.ops.aten.einsum.default, (equation, operands))
+    _batch_first(node)
+    assert node.args == ((equation, operands) if after is None else (after, operands[::-1]))
