@@ -130,6 +130,7 @@ _CALLS = {
     "aten.addcdiv.default": [case("B 3", "3", "p:B 1")],
     "aten.lerp.Tensor": [case("B 3", "B 3", "B 1")],
     "aten.lerp.Scalar": [case("B 3", "B 3", call=lambda n, x, y: (x, y, 0.25))],
+    **{f"aten.{name}.default": [case("p:B 3"), case("p:3 B"), case("p:B*2 3")] for name in ("acosh", "arccosh")},
     "aten.imag.default": [case("c:B 3")],
     "aten._conj.default": [case("c:B 3")],
     "aten.polygamma.default": _POLYGAMMA,

@@ -100,7 +100,7 @@ def typed(d: Drawer, x: Node, prefix: str) -> Node:
         case "b":
             return d.r("gt.Scalar", x, 0)
         case "p":
-            return d.r("add.Tensor", d.r("abs.default", x), 0.5)
+            return d.r("add.Tensor", d.r("abs.default", x), 1.0)
         case "u":
             return d.r("add.Tensor", d.r("mul.Tensor", d.r("sigmoid.default", x), 0.9), 0.05)
         case "s":
