@@ -76,6 +76,20 @@ def _other_mask(m: Any, u: Tensor, x: Tensor) -> Tensor:
     return x
 
 
+def _or_another(m: Any, u: Tensor, x: Tensor) -> Tensor:
+    rows = u > 0
+    if rows.any():
+        x = x.masked_fill(torch.logical_or(rows, x < 0), 0.0)
+    return x
+
+
+def _and_another(m: Any, u: Tensor, x: Tensor) -> Tensor:
+    rows = u > 0
+    if not rows.all():
+        x = torch.where(torch.logical_and(rows, x < 0), x, torch.zeros_like(x))
+    return x
+
+
 def _two_ways(m: Any, u: Tensor, x: Tensor) -> Tensor:
     none = (u > 0).all(1)
     if none.any():
@@ -166,6 +180,8 @@ def _early(m: Any, u: Tensor, x: Tensor) -> Any:
     [
         _other_rows,
         _other_mask,
+        _or_another,
+        _and_another,
         _two_ways,
         _remembered,
         _looked_up,
