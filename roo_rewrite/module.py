@@ -36,7 +36,7 @@ from roo_rewrite.inputs import Inputs
 from roo_rewrite.leaves import OtherSizesError
 from roo_rewrite.ops.broadcast import request_of
 from roo_rewrite.ops.kept import FewRowsError
-from roo_rewrite.outlook import Outlook, reads
+from roo_rewrite.outlook import Asked, Outlook, reads
 from roo_rewrite.program import Program
 from roo_rewrite.purity import kept, random_kept, twin
 from roo_rewrite.report import Report
@@ -269,11 +269,11 @@ class RequestModel(nn.Module):
         """Notes what a forward reads of the model beside its parameters."""
         copied = twin(self._original)
         args, kwargs = self._inputs.unflatten(example, Provenance.IMPRESSION, statics)
-        with reads() as found, random_kept(), torch.no_grad(), contextlib.suppress(Exception):
+        with reads() as found, Asked() as asked, random_kept(), torch.no_grad(), contextlib.suppress(Exception):
             copied(*(t.clone() if isinstance(t, Tensor) else t for t in args), **kwargs)
         keys = {path: found.get(id(m), set()) for path, m in copied.named_modules()}
         leaves = (*captured.leaves, *(site.path for site in captured.sites if site.path))
-        self._outlook.look(self._original, leaves, keys, statics)
+        self._outlook.look(self._original, leaves, keys, statics, asked.of(copied))
 
     def _renew(self) -> None:
         """Forgets all programs: the model is another."""

@@ -31,7 +31,7 @@ class Model(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tower = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.tower = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU())
         self.out = nn.Linear(8, 1)
         self.settings, self.scales, self.named = Settings(), [1.0], {"a": 1.0}
         self.tensor, self.tensors = torch.ones(4, dtype=F64), [torch.ones(1, dtype=F64)]
@@ -39,12 +39,20 @@ class Model(nn.Module):
         kept = [1.0]
         self.call, self.kept, self.books = (lambda v: v * kept[0]), kept, {"steps": 0}
         self.more: list[float] = []
+        self.pad, self.weights = nn.ConstantPad1d((0, 0), 0.0), nn.Parameter(torch.ones(3))
 
     def forward(self, u: Tensor, x: Tensor) -> Tensor:
-        h = self.out(torch.cat([self.tower(u), x * self.tensor], -1)).squeeze(-1)
+        h = self.out(torch.cat([self.pad(self.tower(u)), x * self.tensor], -1)).squeeze(-1)
+        h = h * len(self.weights) * getattr(self, "late", 1.0) * (2.0 if self.weights.requires_grad else 1.0)
         h = self.act(h) * self.settings.scale * self.settings.nested["scale"][0] * self.scales[0] * self.named["a"]
         h = h + sum(self.more)
-        return self.call(h * self.tensors[0] * float(self.array[0])) * getattr(self, "extra", 1.0)
+        h = self.call(h * self.tensors[0] * float(self.array[0])) * getattr(self, "extra", 1.0)
+        return h.to(self.weights.dtype)
+
+
+class Doubled(nn.Linear):
+    def forward(self, z: Tensor) -> Tensor:
+        return super().forward(z) * 2
 
 
 def rewritten(model: nn.Module) -> Any:
@@ -88,6 +96,15 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "a hook": lambda m: m.out.register_forward_hook(lambda _m, _i, o: o * 2),
     "a hook before": lambda m: m.tower.register_forward_pre_hook(lambda _m, i: (i[0] * 2,)),
     "a hook of the root": lambda m: m.register_forward_hook(lambda _m, _i, o: o * 2),
+    "a hook on gradients": lambda m: m.tower.register_full_backward_pre_hook(lambda _m, grad: (grad[0] * 2,)),
+    "a bias that was None": _set("tower.0.bias", nn.Parameter(torch.ones(4, dtype=F64))),
+    "the class of a submodule": _set("tower.0.__class__", Doubled),
+    "a tensor past its version": lambda m: m.tensor.data.mul_(2),
+    "a buffer by a name that was missing": lambda m: m.register_buffer("late", torch.full((), 2.0, dtype=F64)),
+    "a setting of torch's own module": _set("pad.padding", (1, -1)),
+    "how long a parameter is": _set("weights.data", torch.ones(5, dtype=F64)),
+    "whether a parameter trains": lambda m: m.weights.requires_grad_(False),
+    "the dtype of a parameter": lambda m: _set("weights.data", m.weights.data.float())(m),
     "a forward": lambda m: _set("out.forward", lambda z: z.sum(-1, keepdim=True))(m),
 }
 
