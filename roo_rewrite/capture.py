@@ -43,6 +43,8 @@ from roo_rewrite.tracing import (
     Traceable,
     assignments_allowed,
     brief,
+    nested_apart,
+    nests,
     no_lost_calls,
     python_only,
     silent,
@@ -188,7 +190,7 @@ def _capture(
         except CaptureError:
             raise
         except Exception as e:  # whatever user code raises while it is traced
-            if not attempt and not chosen and not drawn and python_only(e):
+            if not attempt and not chosen and not drawn and python_only(e) and not any(map(nests, model.modules())):
                 interpreted = _interpreted(model, inputs, example, statics, batch)
                 if interpreted is not None:
                     return interpreted
@@ -283,6 +285,7 @@ def _export(
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())
             around.enter_context(padded_sequences())
+            around.enter_context(nested_apart())
             around.enter_context(Traceable())
             around.enter_context(numbers)
             around.enter_context(branches or contextlib.nullcontext())

@@ -92,10 +92,11 @@ class Outlook:
         """Adds what was asked of parameters and buffers."""
         modules = dict(model.named_modules())
         for path, key, what in set(asks) - self.asks:
-            module = modules[path]
-            held = next(d for d in (module._parameters, module._buffers) if key in d)
-            self.asks.add((path, key, what))
-            self.asked.append((held, key, what, _ASKED[what](held[key])))
+            module = modules.get(path)
+            for held in (module._parameters, module._buffers) if module is not None else ():
+                if isinstance(held.get(key), Tensor):
+                    self.asks.add((path, key, what))
+                    self.asked.append((held, key, what, _ASKED[what](held[key])))
 
     def _tree(self, model: nn.Module, leaves: Sequence[str]) -> None:
         """Adds the submodules and their hooks; a leaf is called as it is and may be replaced."""
