@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Sequence
 from operator import itemgetter
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from roo_rewrite.errors import InputError
 from roo_rewrite.facts import Provenance
 from roo_rewrite.inputs import Inputs
 
+_DEPTH = 5
 Setting = tuple[str, str]
 Watched = tuple[nn.Module, tuple[str, ...], Callable[[dict[str, Any]], Any]]
 
@@ -126,9 +129,44 @@ def state(modules: Sequence[Watched]) -> tuple[Any, ...]:
 
 
 def hashable(statics: Sequence[Any]) -> Any:
-    """The values that are not tensors, as part of a key."""
+    """The values that are not tensors, as part of a key: equal where a trace cannot tell them apart."""
+    return tuple(_key(v, _DEPTH) for v in statics)
+
+
+def _key(value: Any, depth: int) -> Any:
+    """What is in a value, in its order: what its class calls equal, or prints alike, may differ (2 and 2.0, 0.0 and
+    -0.0, fields left out)."""
+    kind = type(value)
+    if kind in (float, complex):
+        return (kind, repr(value))
+    if isinstance(value, dict) and depth:
+        return (kind, tuple((_key(k, depth - 1), _key(v, depth - 1)) for k, v in value.items()))
+    if isinstance(value, (list, tuple, set, frozenset)) and depth:
+        inner = (_key(v, depth - 1) for v in value)
+        return (kind, frozenset(inner) if isinstance(value, (set, frozenset)) else tuple(inner))
+    if isinstance(value, (int, str, bytes, type, enum.Enum)) or (not hasattr(value, "__dict__") and _hashes(value)):
+        return (kind, value)
+    if isinstance(value, (FunctionType, nn.Module, Tensor)) or not hasattr(value, "__dict__") or not depth:
+        return _Same(value)
+    return (kind, _key(vars(value), depth - 1))
+
+
+def _hashes(value: Any) -> bool:
     try:
-        hash(tuple(statics))
-        return tuple((type(v), v) for v in statics)
+        hash(value)
     except TypeError:
-        return repr(statics)
+        return False
+    return True
+
+
+class _Same:
+    """Equal to itself alone."""
+
+    def __init__(self, value: Any):
+        self.value = value  # kept, so that no other takes its place in memory
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)

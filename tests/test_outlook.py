@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,27 @@ def test_a_setting_in_a_plain_argument_is_followed() -> None:
     for settings.scale in (1.0, 4.0):
         want = model(u.repeat_interleave(COUNTS, 0), x, settings)
         torch.testing.assert_close(made(u, x, settings, num_impressions=COUNTS), want)
+
+
+@dataclass(frozen=True)
+class Divisor:
+    by: float = field(compare=False)
+
+
+def test_plain_arguments_that_are_equal_may_differ() -> None:
+    class Divided(Pickled):
+        def forward(self, u: Tensor, x: Tensor, divisor: Divisor) -> Tensor:  # type: ignore[override]
+            return super().forward(u, x) / divisor.by
+
+    model = Divided().double().eval()
+    made = roo.rewrite(model, (torch.randn(6, 4, dtype=F64), torch.randn(6, 4, dtype=F64), Divisor(1.0)), spec=SPEC)
+    u, x = torch.randn(3, 4, dtype=F64), torch.randn(5, 4, dtype=F64)
+    for by in (4.0, 0.0, -0.0, 4.0):
+        want = model(u.repeat_interleave(COUNTS, 0), x, Divisor(by))
+        found = made(u, x, Divisor(by), num_impressions=COUNTS)
+        assert torch.equal(found.signbit(), want.signbit())
+        torch.testing.assert_close(found, want)
+    assert made._built == 4
 
 
 def test_programs_do_not_share_their_constants() -> None:
