@@ -26,7 +26,7 @@ from roo_rewrite.facts import AUTOCAST, SIDE
 from roo_rewrite.facts import META as ANNOTATION
 from roo_rewrite.ops.accumulate import linear_onto
 from roo_rewrite.ops.broadcast import jagged_broadcast
-from roo_rewrite.ops.conv import pointwise_conv
+from roo_rewrite.ops.conv import pointwise_conv, weight_times
 from roo_rewrite.ops.mixed_rate import jagged_apply
 
 aten = torch.ops.aten
@@ -49,6 +49,7 @@ FRESH = {
     jagged_apply,
     linear_onto,
     pointwise_conv,
+    weight_times,
 }
 # Ops whose backward reads their result, not their operand.
 IN_PLACE = {

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Node
 
 from passes.forms import Form, Whole, hint, is_static, provenance
+from passes.lower import WIDE
 from passes.split import Splitter
 from passes.splits.linear import in_parts, product
 from roo_rewrite.facts import Provenance
@@ -25,7 +26,7 @@ _REST = "xyzvw"
 def over_columns(s: Splitter, x: Form, weight: Node, bias: Node | None = None) -> Form | None:
     """sum_k W[n, k] x[:, k, ...], if that pays. weight: [N, K].
 
-    For `W z` torch copies z entry by entry, for an einsum in rows of what follows k.
+    Either is a product that copies z in rows of what follows k; of short rows `W z` copies entry by entry.
     """
     if x.ndim < 3 or not in_parts(x, 1):
         return None
@@ -39,7 +40,7 @@ def over_columns(s: Splitter, x: Form, weight: Node, bias: Node | None = None) -
 
     together = math.prod(hint(n) for n in x.shape[2:])
     spelled = s.builder.origin is not None and s.builder.origin.target is aten.einsum.default
-    return product(s, x, 1, weight, bias, emit, runs=(together if spelled else 1, together))
+    return product(s, x, 1, weight, bias, emit, runs=(together if spelled or together >= WIDE else 1, together))
 
 
 def constant_matrix(form: Any) -> bool:

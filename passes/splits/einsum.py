@@ -73,7 +73,7 @@ def _in_turn(s: Splitter, operands: list[tuple[Form, str]], out: str) -> Form | 
     """Whole operands in the cheapest order, where that is cheaper than all of them from left to right."""
     sizes = {c: n for f, letters in operands for c, n in zip(letters, f.shape)}
     named = [(letters, provenance(f)) for f, letters in operands]
-    if len(named) > _MANY or {side for _, side in named} < {Provenance.REQUEST, Provenance.IMPRESSION}:
+    if len(named) > _MANY or not {Provenance.REQUEST, Provenance.IMPRESSION} <= {side for _, side in named}:
         return None
     before = _spent(s, sizes, [(c, Provenance.IMPRESSION) for c, _ in named], out, [(0, 1)] * (len(named) - 1))
     after, steps = min((_spent(s, sizes, named, out, steps), steps) for steps in _orders(len(named)))

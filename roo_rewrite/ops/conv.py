@@ -1,4 +1,4 @@
-"""Convolutions that are matrix products."""
+"""Products over the columns of each row: convolutions of one entry, a matrix times a batch."""
 
 from __future__ import annotations
 
@@ -17,3 +17,15 @@ def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     matrix = weight.squeeze(2)
     made = torch.bmm(matrix.expand(x.shape[0], *matrix.shape), x)
     return made if bias is None else made.add_(bias.unsqueeze(1))
+
+
+def weight_times(weight: Tensor, x: Tensor) -> Tensor:
+    """`weight @ x` for a batch: weight `[n, k]`, x `[B, k, T]` -> `[B, n, T]`.
+
+    A matmul whose weight has a gradient copies x entry by entry. An einsum copies runs of T entries; a product for each
+    row copies none, and pays where few entries come of many.
+    """
+    n, k = weight.shape
+    if k >= 4 * n and n * k <= 1024:
+        return torch.bmm(weight.expand(x.shape[0], n, k), x)
+    return torch.einsum("nk,bkt->bnt", weight, x)

@@ -59,13 +59,16 @@ def test_a_wide_history_waits_for_the_target(law: Any) -> None:
     assert found.flops()[1] == 2 * 12 * 6 * 6 + 2 * 12 * 30 * 6
 
 
-@pytest.mark.parametrize(
-    "case", ["both of the impression", "a weight of the impression", "five operands", "a diagonal"]
-)
+DECLINED = ["both of the impression", "three of it", "a weight of the impression", "five operands", "a diagonal"]
+
+
+@pytest.mark.parametrize("case", DECLINED)
 def test_declines(law: Any, case: str) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
         if case == "both of the impression":
             return F.bilinear(x, x * u, m.w)
+        if case == "three of it":
+            return torch.einsum("bi,nij,bj->bn", x, m.w, x.tanh())
         if case == "a weight of the impression":
             return torch.einsum("bi,bij,bj->b", x, u[:, :, None] * x[:, None], x * u)
         if case == "a diagonal":

@@ -1,4 +1,4 @@
-"""pointwise_conv against conv1d, and where it takes its place."""
+"""pointwise_conv against conv1d, weight_times against matmul, and where they take their place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import roo_rewrite as roo
-from roo_rewrite.ops.conv import pointwise_conv
+from roo_rewrite.ops.conv import pointwise_conv, weight_times
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -67,3 +67,34 @@ def test_only_windows_of_one_entry(options: dict[str, Any], taken: bool) -> None
     made = roo.rewrite(model, (torch.randn(8, 1, 1), torch.randn(8, 4, 6)), spec=spec, check=True)
     roo.verify(model, made, batches=5)
     assert ("pointwise_conv" in made.code) == taken
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.integers(0, 4), st.integers(1, 9), st.integers(1, 3), st.integers(1, 5))
+def test_equals_the_matmul(rows: int, k: int, n: int, length: int) -> None:
+    x = torch.randn(rows, k, length, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(n, k, dtype=torch.float64, requires_grad=True)
+    got, want = weight_times(weight, x), weight @ x
+    torch.testing.assert_close(got, want)
+    for a, b in zip(
+        torch.autograd.grad((got**2).sum(), [x, weight]), torch.autograd.grad((want**2).sum(), [x, weight])
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("width", "turned", "taken"), [(6, False, True), (2, False, False), (6, True, False)])
+def test_only_a_matrix_times_a_batch_of_wide_ones(width: int, turned: bool, taken: bool) -> None:
+    class Mix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, u: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+            mixed = (x.transpose(1, 2) @ self.w).transpose(1, 2) if turned else self.w @ x
+            return mixed.transpose(1, 2).reshape(len(x), -1) * u
+
+    example = (torch.randn(8, 1), torch.randn(8, 4, width))
+    model = Mix()
+    made = roo.rewrite(model, example, spec=roo.FeatureSpec(request=["u"], impression=["x"]), check=True)
+    roo.verify(model, made, batches=5)
+    assert ("weight_times" in made.code) == taken
