@@ -136,6 +136,7 @@ def _pays(
     if runs is not None:
         before += price.gathered(x.shape, impression, runs[0])
         after += sum(price.gathered((*g.lead, g.inner), g.side, runs[1]) for g in products)
+        after += price.gathered(shape, impression, runs[1])  # what they give lies as what they read
     if any(_is_statistic(f) for f in factors):  # of each side, in place of those of the whole rows
         after += sum(3 * price.move((*g.lead, g.inner), g.side) for g in products) + price.start(12)
     after += 2 * price.move(shape) * len(factors)
