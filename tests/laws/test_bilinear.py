@@ -51,6 +51,13 @@ def test_the_requests_factor_goes_into_the_weight(law: Any, spelling: str, turne
     assert found.flops()[1] == 2 * 3 * 4 * 5 * 3 + 2 * 12 * 4 * 3
 
 
+def test_low_precision_is_as_good_as_the_original(law: Any) -> None:
+    def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
+        return F.bilinear(u, x, m.w) + torch.einsum("bi,nij,bj->bn", u, m.w, x)
+
+    law(Model(run, w=parameter(4, 5, 3)), u=(5,), x=(3,)).precise()
+
+
 def test_a_wide_history_waits_for_the_target(law: Any) -> None:
     def run(m: Model, u: Tensor, x: Tensor) -> Tensor:
         return torch.einsum("btd,de,be->bt", u, m.w, x)

@@ -84,8 +84,9 @@ def test_an_outer_product_of_two_vectors(law: Any, spelled: str) -> None:
     assert law(Model(run, w=parameter(4, 30)), u=(10,), x=(3,)).flops()[1] == 2 * 3 * 30 * 4 + 2 * 12 * 3 * 4
 
 
-def test_low_precision_is_as_good_as_the_original(law: Any) -> None:
-    run = _unit("target first", "a weight for each position")
+@pytest.mark.parametrize("weighed", ["a weight for each position", "a linear map"])
+def test_low_precision_is_as_good_as_the_original(law: Any, weighed: str) -> None:
+    run = _unit("target first", weighed)
     law(Model(run, w=parameter(HISTORY, _width(8, 8), COLUMNS)), u=(HISTORY, 8), x=(8,)).precise()
 
 
