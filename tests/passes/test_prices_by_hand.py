@@ -223,14 +223,15 @@ CASES = {
         (3, 11),
         (5, 11),
         LINEAR,
-        product(I * 11, 8, 7) + moved(I * 8 * 11) + stretches(2 * I) + moved(I * 8 * 11) + stretches(I * 8 * 11),
+        product(I * 11, 8, 7) + moved(I * 8 * 11) + stretches(2 * I) + moved(I * 8 * 11) + stretches(I * 8),
         product(R * 11, 3, 7)
         + product(I * 11, 5, 7)
         + moved(I * 11 * 7)
         + moved(I * 11 * 7)
         + started(2)
         + (moved(R * 3 * 11) + stretches(R * 3))
-        + (moved(I * 5 * 11) + stretches(I * 5)),
+        + (moved(I * 5 * 11) + stretches(I * 5))
+        + (moved(I * 7 * 11) + stretches(I * 7)),
     ),
     "over columns, spelled": Case(
         lambda m, u, x: torch.einsum("nk,bkd->bnd", ones(7, 8), beside(u, x)),
@@ -244,7 +245,8 @@ CASES = {
         + moved(I * 11 * 7)
         + started(2)
         + (moved(R * 3 * 11) + stretches(R * 3))
-        + (moved(I * 5 * 11) + stretches(I * 5)),
+        + (moved(I * 5 * 11) + stretches(I * 5))
+        + (moved(I * 7 * 11) + stretches(I * 7)),
     ),
     "outer": Case(
         lambda m, u, x: F.linear((u.exp().unsqueeze(2) * x.exp().unsqueeze(1)).flatten(1), ones(7, 15)),
