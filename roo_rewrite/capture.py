@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
@@ -32,6 +32,7 @@ from roo_rewrite.kjt import looked_up
 from roo_rewrite.leaves import LeafSite, frozen_buffers, observed, opaque, outermost, tensors_of
 from roo_rewrite.lifted import unlifted
 from roo_rewrite.methods import Leaf, Unfit, confirm, failed_in, named
+from roo_rewrite.nested import at_padding, nests, padding_apart
 from roo_rewrite.outputs import unflatten_output
 from roo_rewrite.packed import padded_sequences
 from roo_rewrite.pieces import Pieces
@@ -43,8 +44,6 @@ from roo_rewrite.tracing import (
     Traceable,
     assignments_allowed,
     brief,
-    nested_apart,
-    nests,
     no_lost_calls,
     python_only,
     silent,
@@ -169,6 +168,8 @@ def _capture(
     against: Set[Place] | None,
 ) -> Captured:
     chosen, notes, unfit = list[Leaf](outermost(leaves)), dict[Leaf, str](), set[Leaf]()
+    if any(map(nests, model.modules())):
+        chosen.append(cast(Leaf, at_padding))
     written: Set[str] = set()
     seeking, branching = False, None if against is None else bool(against)
     for attempt in range(48):
@@ -190,7 +191,7 @@ def _capture(
         except CaptureError:
             raise
         except Exception as e:  # whatever user code raises while it is traced
-            if not attempt and not chosen and not drawn and python_only(e) and not any(map(nests, model.modules())):
+            if not attempt and not chosen and not drawn and python_only(e):
                 interpreted = _interpreted(model, inputs, example, statics, batch)
                 if interpreted is not None:
                     return interpreted
@@ -285,7 +286,7 @@ def _export(
             trace = around.enter_context(watched(run))
             around.enter_context(symbolic_len())
             around.enter_context(padded_sequences())
-            around.enter_context(nested_apart())
+            around.enter_context(padding_apart(tracing=True))
             around.enter_context(Traceable())
             around.enter_context(numbers)
             around.enter_context(branches or contextlib.nullcontext())
@@ -339,7 +340,7 @@ def _observe(
             order = torch.arange(size) % batch
             rows = inputs.select(example, order.flip(0) if again else order, _BOTH)
             args, kwargs = inputs.unflatten(rows, Provenance.IMPRESSION, statics)
-            with observed(model, leaves, sites, again), masked.rows(size, tracing=False):
+            with padding_apart(tracing=False), observed(model, leaves, sites, again), masked.rows(size, tracing=False):
                 model(*args, **kwargs)
         for site in sites:
             site.batches = (batch, second)

@@ -6,7 +6,6 @@ import builtins
 import contextlib
 import functools
 import importlib
-import inspect
 import io
 import logging
 import re
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import ExportedProgram
 from torch.nn.modules import module as _module
@@ -199,37 +197,6 @@ def without_vmap(program: ExportedProgram) -> ExportedProgram:
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         raise CaptureError("vmap beside changes in place is not traced")
     return made
-
-
-def nests(module: nn.Module) -> bool:
-    """Whether a module is an encoder that torch runs on nested tensors where no gradient is asked for.
-
-    If every row of the batch has its masked keys at its end, the result is then 0 at these.
-    """
-    own = isinstance(module, nn.TransformerEncoder) and not module.training
-    return own and getattr(module, "use_nested_tensor", False)
-
-
-@contextlib.contextmanager
-def nested_apart() -> Iterator[None]:
-    """While active, such an encoder raises: a trace, which is made with gradients, would miss the zeros.
-
-    As a leaf it may run once per request: the requests of a batch have the masks that its impressions have.
-    """
-    plain = nn.TransformerEncoder.forward
-    signature = inspect.signature(plain)
-
-    def forward(self: nn.TransformerEncoder, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
-        if nests(self) and given.get("src_key_padding_mask") is not None:
-            raise _LostCallError("torch gives other results at masked keys where no gradient is asked for")
-        return plain(self, *args, **kwargs)
-
-    nn.TransformerEncoder.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.TransformerEncoder.forward = plain  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
