@@ -97,6 +97,17 @@ def read_whole(m: Any, u: Tensor, x: Tensor) -> Any:
     return F.linear(both, ones(7, 5)), both.tanh()
 
 
+OVER_COLUMNS = (
+    product(I * 11, 8, 7) + moved(I * 8 * 11) + stretches(2 * I) + moved(I * 8 * 11) + stretches(I * 8),
+    product(R * 11, 3, 7)
+    + product(I * 11, 5, 7)
+    + moved(I * 11 * 7)
+    + moved(I * 11 * 7)
+    + started(2)
+    + (moved(R * 3 * 11) + stretches(R * 3))
+    + (moved(I * 5 * 11) + stretches(I * 5))
+    + (moved(I * 7 * 11) + stretches(I * 7)),
+)
 CASES = {
     "linear": Case(
         lambda m, u, x: F.linear(beside(u, x), ones(7, 8)), (3,), (5,), LINEAR, product(I, 8, 7) + JOINED, APART
@@ -223,30 +234,14 @@ CASES = {
         (3, 11),
         (5, 11),
         LINEAR,
-        product(I * 11, 8, 7) + moved(I * 8 * 11) + stretches(2 * I) + moved(I * 8 * 11) + stretches(I * 8),
-        product(R * 11, 3, 7)
-        + product(I * 11, 5, 7)
-        + moved(I * 11 * 7)
-        + moved(I * 11 * 7)
-        + started(2)
-        + (moved(R * 3 * 11) + stretches(R * 3))
-        + (moved(I * 5 * 11) + stretches(I * 5))
-        + (moved(I * 7 * 11) + stretches(I * 7)),
+        *OVER_COLUMNS,
     ),
     "over columns, spelled": Case(
         lambda m, u, x: torch.einsum("nk,bkd->bnd", ones(7, 8), beside(u, x)),
         (3, 11),
         (5, 11),
         LINEAR,
-        product(I * 11, 8, 7) + moved(I * 8 * 11) + stretches(2 * I) + moved(I * 8 * 11) + stretches(I * 8),
-        product(R * 11, 3, 7)
-        + product(I * 11, 5, 7)
-        + moved(I * 11 * 7)
-        + moved(I * 11 * 7)
-        + started(2)
-        + (moved(R * 3 * 11) + stretches(R * 3))
-        + (moved(I * 5 * 11) + stretches(I * 5))
-        + (moved(I * 7 * 11) + stretches(I * 7)),
+        *OVER_COLUMNS,
     ),
     "outer": Case(
         lambda m, u, x: F.linear((u.exp().unsqueeze(2) * x.exp().unsqueeze(1)).flatten(1), ones(7, 15)),
