@@ -299,9 +299,11 @@ def _taken(walk: _Walk, node: Node) -> Range | None:
 
 @_rule(aten.cat.default)
 def _joined(walk: _Walk, node: Node) -> Range | None:
-    parts: Any = node.args[0]
-    given: Any = node.args[1] if len(node.args) > 1 else 0
-    dim = int(given) % len(_sizes(node))
+    given: Any = node.args[0]
+    along: Any = node.args[1] if len(node.args) > 1 else 0
+    dim = int(along) % len(_sizes(node))
+    # torch takes `zeros(0)` beside tensors of more dims
+    parts = [p for p in given if len(_sizes(p)) == len(_sizes(node))]
     if any(not is_static(_sizes(p)[dim]) for p in parts):
         return None
     found = [walk.of(p) for p in parts]

@@ -42,6 +42,7 @@ EXACT: dict[str, Function] = {
     "logical or": lambda m, u, x: torch.logical_or(causal(u), pad(u)),
     "not": lambda m, u, x: ~(pad(u) & causal(u)),
     "not of numbers": lambda m, u, x: torch.logical_not(causal(u).float() * 3),
+    "beside nothing": lambda m, u, x: torch.cat([causal(u).float(), torch.zeros(0), known(u)], -1),
     "flags kept": lambda m, u, x: (pad(u) & causal(u)).clone(),
     "flags of numbers": lambda m, u, x: (causal(u).float() * 2).to(torch.bool),
     "numbers kept": lambda m, u, x: (causal(u).float() * -3).contiguous(),
