@@ -28,10 +28,9 @@ from passes.one_split import one_split
 from passes.tidy import scaled_terms, tidy
 from roo_rewrite.facts import AUTOCAST, COUNTS, SIDE
 from roo_rewrite.ops.broadcast import jagged_broadcast, request_of
-from roo_rewrite.ops.conv import pointwise_conv, weight_times
+from roo_rewrite.ops.conv import WIDE, pointwise_conv, weight_times
 
 aten = torch.ops.aten
-WIDE = 4
 
 
 def lower(graph: Graph) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch.fx import Node
 
 from passes.forms import Form, Whole, hint, is_static, provenance
-from passes.lower import WIDE
 from passes.split import Splitter
 from passes.splits.linear import in_parts, product
 from roo_rewrite.facts import Provenance
+from roo_rewrite.ops.conv import WIDE
 
 aten = torch.ops.aten
 _REST = "xyzvw"

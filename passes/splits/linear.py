@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,52 +201,32 @@ def _multiply(s: Splitter, group: Group, back: int, bias: Node | None, emit: Emi
         rows = [(node, s.builder.call(aten.t.default, _weight(s, atoms))) for (node, _), atoms in merged]
         products = [(1.0, Whole(s.builder.call(aten.mul.Tensor, node, row))) for node, row in rows]
         return s.builder.whole(Sum(tuple(products), tuple(products[0][1].shape)))
-    operands = [node if index is None else s.builder.pick(node, dim, index) for (node, index), _ in merged]
     weight = group.atoms[0].weight
     if all(len(atoms) == 1 and atoms[0].coefficient == 1 and atoms[0].weight is weight for _, atoms in merged):
-        columns = [atom.columns for _, (atom,) in merged]
-        if emit is aten.linear.default and 1 < len(runs := _runs(columns)) <= FEW:
-            return _by_runs(s, operands, columns, runs, (weight, bias))
+        if emit is aten.linear.default and 1 < len(runs := _runs(group.atoms)) <= FEW:
+            apart = [_multiply(s, replace(group, atoms=r), back, None if i else bias, emit) for i, r in enumerate(runs)]
+            return s.builder.whole(Sum(tuple((1.0, Whole(p)) for p in apart), tuple(apart[0].meta["val"].shape)))
         # Nothing is added: the columns of the weight, each once, in the order of the operands.
-        w = s.builder.pick(weight, 1, [c for each in columns for c in each])
+        w = s.builder.pick(weight, 1, [c for a in group.atoms for c in a.columns])
     else:
         w = s.builder.cat([_weight(s, atoms) for _, atoms in merged], 1)
-    x = s.builder.cat(operands, dim)
+    x = s.builder.cat([node if i is None else s.builder.pick(node, dim, i) for (node, i), _ in merged], dim)
     if isinstance(emit, OpOverload):
         return s.builder.call(emit, x, w, *([] if bias is None else [bias]))
     return emit(x, w, bias)
 
 
-def _runs(columns: Sequence[tuple[int, ...]]) -> list[list[int]]:
-    """Operands by neighbouring columns of the weight; none where the columns of one do not lie in a row."""
-    runs: list[list[int]] = []
-    for i in sorted(range(len(columns)), key=lambda i: columns[i][0]):
-        if columns[i] != tuple(range(columns[i][0], columns[i][-1] + 1)):
+def _runs(atoms: Sequence[Atom]) -> list[tuple[Atom, ...]]:
+    """Atoms by neighbouring columns of the weight; none where the columns of one do not lie in a row."""
+    runs: list[tuple[Atom, ...]] = []
+    for atom in sorted(atoms, key=lambda a: a.columns[0]):
+        if atom.columns != tuple(range(atom.columns[0], atom.columns[-1] + 1)):
             return []
-        if runs and columns[runs[-1][-1]][-1] + 1 == columns[i][0]:
-            runs[-1].append(i)
+        if runs and runs[-1][-1].columns[-1] + 1 == atom.columns[0]:
+            runs[-1] += (atom,)
         else:
-            runs.append([i])
+            runs.append((atom,))
     return runs
-
-
-def _by_runs(
-    s: Splitter,
-    operands: Sequence[Node],
-    columns: Sequence[tuple[int, ...]],
-    runs: Sequence[Sequence[int]],
-    by: tuple[Node, Node | None],
-) -> Node:
-    """A product for each run, on a view of the weight: neither is copied. by: weight and bias."""
-    weight, bias = by
-    terms: list[tuple[float, Form]] = []
-    for run in runs:
-        w = s.builder.pick(weight, 1, [c for i in run for c in columns[i]])
-        x = s.builder.cat([operands[i] for i in run], operands[0].meta["val"].ndim - 1)
-        terms.append(
-            (1.0, Whole(s.builder.call(aten.linear.default, x, w, *([] if bias is None or terms else [bias]))))
-        )
-    return s.builder.whole(Sum(tuple(terms), tuple(terms[0][1].shape)))
 
 
 def _weight(s: Splitter, atoms: Sequence[Atom]) -> Node:

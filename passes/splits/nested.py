@@ -12,7 +12,8 @@ from typing import Any
 
 from passes.forms import Blocks, Form, Whole, is_mixed, is_static, same_shape
 from passes.split import Splitter
-from passes.splits.blocks import has_early, pick_form, running
+from passes.splits.blocks import pick_form, running
+from passes.splits.scaled import runs_of
 
 _MANY = 3  # runs of one side: more are as many pieces, each of them small
 
@@ -25,7 +26,7 @@ def nested(s: Splitter, x: Blocks, shape: tuple[Any, ...]) -> Blocks | None:
         return None
     if math.prod(sizes) != math.prod(inner):
         return None
-    runs = _runs(s, x)
+    runs = [Whole(node) for node, _ in runs_of(s, x)]
     if not 1 < len(runs) <= _MANY:
         return None
     each = math.prod(inner[1:])
@@ -33,17 +34,6 @@ def nested(s: Splitter, x: Blocks, shape: tuple[Any, ...]) -> Blocks | None:
     flat = [_flat(s, run, x.dim) for run in runs]
     made = _cut(s, flat, ends, 0, lead, sizes)
     return made if isinstance(made, Blocks) else None
-
-
-def _runs(s: Splitter, x: Blocks) -> list[Form]:
-    """Neighbouring parts of one side as one."""
-    runs: list[list[Form]] = []
-    for part in x.parts:
-        if runs and has_early(runs[-1][-1]) == has_early(part):
-            runs[-1].append(part)
-        else:
-            runs.append([part])
-    return [Whole(s.builder.cat([s.builder.whole(f) for f in run], x.dim)) for run in runs]
 
 
 def _flat(s: Splitter, form: Form, dim: int) -> Form:

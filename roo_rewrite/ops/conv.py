@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WIDE = 4  # entries of a row from which `weight_times` is worth its copy
+
 
 def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`conv1d(x, weight, bias)` for windows of one entry: x `[B, k, T]`, weight `[n, k, 1]` -> `[B, n, T]`.
